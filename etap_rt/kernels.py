@@ -1,0 +1,38 @@
+"""What a kernel is: a CUDA source, an entry point and its compile-time constants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from etap_rt.schedule import ROW_TILES
+
+ElementType = Literal["bfloat16", "float16"]
+
+ELEMENT_TYPES: tuple[ElementType, ...] = ("bfloat16", "float16")
+DIMS = ((512, 64), (256, 64))  # (latent, rope) pairs that are supported
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSpec:
+    """One kernel to compile. Equal specs are the same kernel; `defines` are -D constants, sorted by name."""
+
+    source: str  # file in cuda_src
+    entry: str  # extern "C" __global__ function in it
+    defines: tuple[tuple[str, int], ...]
+
+    def __str__(self) -> str:
+        return f"{self.entry}[{', '.join(f'{name}={value}' for name, value in self.defines)}]"
+
+
+def decode_spec(dtype: ElementType, latent_dim: int, rope_dim: int, rows: int) -> KernelSpec:
+    """The decode kernel for one element type, (latent, rope) dims and `rows` query rows a tile."""
+    if dtype not in ELEMENT_TYPES or (latent_dim, rope_dim) not in DIMS or rows not in ROW_TILES:
+        raise ValueError(f"no decode kernel for {dtype}, dims {latent_dim} + {rope_dim}, {rows} rows a tile")
+    constants = {"IS_BF16": int(dtype == "bfloat16"), "LATENT_DIM": latent_dim, "ROPE_DIM": rope_dim, "ROWS": rows}
+    return KernelSpec("mla_decode.cu", "mla_decode", tuple(sorted(constants.items())))
+
+
+def all_specs() -> list[KernelSpec]:
+    """Every kernel the package can ask for, in a fixed order."""
+    return [decode_spec(t, latent, rope, rows) for t in ELEMENT_TYPES for latent, rope in DIMS for rows in ROW_TILES]
