@@ -1,0 +1,61 @@
+// Ordering between threads: named barriers, the async proxy, and words that CTAs share (PTX manual, "barrier",
+// "fence.proxy", "atom").
+#pragma once
+
+#include "mbarrier.cuh"
+
+namespace hopper {
+
+// Barrier `id` among `threads` threads; 0 is __syncthreads'.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+    asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// The same, returning whether any of the threads brought `vote`.
+__device__ __forceinline__ bool named_barrier_any(int id, int threads, bool vote) {
+    int any;
+    asm volatile(
+        "{\n.reg .pred mine, all;\n"
+        "setp.ne.b32 mine, %3, 0;\n"
+        "barrier.cta.red.or.pred.aligned all, %1, %2, mine;\n"
+        "selp.b32 %0, 1, 0, all;\n}\n"
+        : "=r"(any)
+        : "r"(id), "r"(threads), "r"(int(vote))
+        : "memory");
+    return any;
+}
+
+// Moves registers between warpgroups (PTX manual, "setmaxnreg"); every warp of the warpgroup, once.
+template <int COUNT>
+__device__ __forceinline__ void registers_give_up() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT>
+__device__ __forceinline__ void registers_take() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+// This thread's ordinary writes to shared memory become visible to wgmma and the copy engine.
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ u32 atomic_add_acq_rel(u32* word, u32 value) {
+    u32 old;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(word), "r"(value) : "memory");
+    return old;
+}
+
+__device__ __forceinline__ u32 load_acquire(const u32* word) {
+    u32 value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+    return value;
+}
+
+// Loads that skip L1, for what other CTAs of this launch have written.
+__device__ __forceinline__ float4 load_shared_by_ctas(const float4* p) {
+    float4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p)
+                 : "memory");
+    return v;
+}
+
+}  // namespace hopper

@@ -1,0 +1,887 @@
+// Multi-head latent attention decoding, transposed (FlashMLA-ETAP, arXiv 2506.01969): keys on wgmma's M, query rows on N.
+//
+//   S^T[64 keys, ROWS]  = K[64, latent + rope] Q^T            scores of one key tile
+//   P^T                 = 2^(scale S^T - reference)           online softmax, along M
+//   O^T[latent, ROWS]  += V^T[latent, 64 keys] P^T            V is the latent part of K: the same shared memory
+//
+// One CTA on each SM walks over its share of all key tiles (see schedule.py for the vocabulary). Three actors:
+//
+//   producer, one warp         brings key tiles in chunks of 64 dims x 64 keys (8 KiB) through a ring of SLOTS chunks
+//   warpgroups 0 and 1         take turns at the scores and softmax of a tile (even and odd tiles), publish P^T to each
+//                              other, and each accumulates one half of the latent dims of O^T for every tile
+//
+// Shared memory               written by                read by               between them
+//   ring[slot]                copy engine               wgmma                 chunk_full (TMA bytes), chunk_empty (4 warps)
+//   q                         both warpgroups           wgmma                 consumer barrier, async-proxy fence
+//   p[w]                      warpgroup w               wgmma of both         p_full[w] (4 warps); free again because w
+//                                                                             waits for the other's next P^T first
+//   reference, factor[w],     warpgroup w, when a       both                  p_full[w]
+//   rescale[w]                column's maximum grew
+//
+// A unit whose tiles are divided over several lanes leaves partial results in the workspace; the lanes that shared it
+// meet at a counter and merge it together, each a fixed part, in the order of the lanes.
+
+#include "hopper/matrix.cuh"
+#include "hopper/mbarrier.cuh"
+#include "hopper/sync.cuh"
+#include "hopper/tma.cuh"
+#include "hopper/wgmma.cuh"
+
+using namespace hopper;
+using i64 = long long;
+using u16 = unsigned short;
+
+constexpr int TILE_KEYS = 64;
+constexpr int CHUNK_DIMS = 64;
+constexpr int CHUNK_BYTES = TILE_KEYS * CHUNK_DIMS * 2;
+constexpr int LATENT_CHUNKS = LATENT_DIM / CHUNK_DIMS;
+constexpr int ROPE_CHUNKS = ROPE_DIM / CHUNK_DIMS;
+constexpr int TILE_CHUNKS = ROPE_CHUNKS + LATENT_CHUNKS;  // in this order: rope chunks are free first
+constexpr int OWN_BLOCKS = LATENT_CHUNKS / 2;             // blocks of 64 dims of O^T that a warpgroup accumulates
+constexpr int COLUMN_GROUPS = ROWS / 8;                   // columns of S^T and O^T come in groups of eight
+constexpr int Q_CHUNK_BYTES = ROWS * CHUNK_DIMS * 2;
+constexpr int P_BYTES = ROWS * TILE_KEYS * 2;
+
+constexpr int WARPGROUP = 128;
+constexpr int CONSUMERS = 2 * WARPGROUP;
+constexpr int CONSUMER_WARPS = CONSUMERS / 32;
+constexpr int THREADS = CONSUMERS + WARPGROUP;  // the producer's other warps only lend their registers
+constexpr int PRODUCER_REGISTERS = 24;
+constexpr int CONSUMER_REGISTERS = 240;
+enum Barrier { CONSUMER_BARRIER = 1, WARPGROUP_BARRIER = 2 };  // the latter + warpgroup
+
+// P may exceed 1 by this many powers of two before the columns are rescaled: fp16 has the room, fp32 sums too.
+constexpr float LAZY_LOG2 = 8.0f;
+#define NEG_INF (-__int_as_float(0x7f800000))
+
+struct Statistics {
+    float warp_max[4][ROWS];  // while a tile's column maxima are taken
+    float reference[ROWS];    // log2 domain; P^T = 2^(x - reference)
+    float factor[2][ROWS];    // of the last rescaling of each warpgroup
+    int rescale[2];
+};
+
+struct Params {
+    TensorMap latent_map;  // (dims, page_size, num_pages), box 64 x 64 x 1
+    TensorMap rope_map;
+    const u16* q_latent;
+    const u16* q_rope;
+    u16* out;
+    float* lse;
+    const int* block_table;
+    const int* cache_seqlens;
+    float4* partials;        // [slot][block of 64 dims][warp][column group][lane of the warp]
+    float2* partial_stats;   // [slot][column]: reference, sum
+    u32* counters;           // [lane of the grid][row group]{arrivals, departures, gave up}; zero between launches
+    i64 q_strides[3];        // elements, of (request, query token, head)
+    i64 q_rope_strides[3];
+    i64 out_strides[3];
+    i64 lse_strides[3];
+    i64 table_stride;
+    i64 seqlens_stride;
+    int batch;
+    int s_q;
+    int heads;
+    int max_pages;
+    int page_tiles;  // key tiles of a page
+    int lanes;
+    int row_groups;
+    int passes;
+    int causal;
+    int q_vector_loads;  // every row of q starts on 16 bytes
+    int patience;        // clock cycles a CTA waits for the lanes it shares a unit with
+    float scale_log2;    // softmax_scale * log2(e)
+};
+
+constexpr int COUNTER_WORDS = 3;
+
+__device__ __forceinline__ int seqlen_of(const Params& p, int request) {
+    const i64 capacity = i64(p.max_pages) * p.page_tiles * TILE_KEYS;
+    const i64 length = p.cache_seqlens[request * p.seqlens_stride];
+    return int(length < 0 ? 0 : length > capacity ? capacity : length);
+}
+
+__device__ __forceinline__ int unit_tiles_of(int seqlen) {
+    return seqlen <= TILE_KEYS ? 1 : int((unsigned(seqlen) + TILE_KEYS - 1) / TILE_KEYS);
+}
+
+// The lane of `lanes` that owns tile `tile` of `total`.
+__device__ __forceinline__ int lane_of(i64 tile, i64 total, int lanes) {
+    return int(((tile + 1) * lanes - 1) / total);
+}
+
+// Start of this lane's walk, found by the prologue.
+struct Start {
+    i64 total;       // key tiles of all units
+    i64 unit_begin;  // first tile of the first unit this lane touches
+    i64 warp_sums[CONSUMER_WARPS];
+    int request;
+};
+
+// A value that is the same in all threads of a warp, in a way the compiler can see.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(~0u, value, 0); }
+
+// Walks over the segments of one lane. Producer and consumers each keep one.
+struct Walk {
+    i64 total, position, end;  // of the flattened tiles
+    i64 unit_begin;
+    int lane, lanes;
+    int request, pass;
+
+    // The current segment.
+    int seqlen;
+    int unit_tiles;
+    int tile_begin, tile_end;  // within the unit
+
+    __device__ __forceinline__ void begin(const Params& p, const Start& start, int lane_) {
+        total = start.total;
+        lanes = total < p.lanes ? int(total) : p.lanes;
+        lane = lane_;
+        position = lane < lanes ? total * lane / lanes : 0;
+        end = lane < lanes ? total * (lane + 1) / lanes : 0;
+        unit_begin = start.unit_begin;
+        request = start.request;
+        pass = 0;
+        if (position < end) {
+            seqlen = seqlen_of(p, request);
+            unit_tiles = unit_tiles_of(seqlen);
+            pass = int((position - unit_begin) / unit_tiles);
+            unit_begin += i64(pass) * unit_tiles;
+            measure();
+        }
+    }
+    __device__ __forceinline__ void measure() {
+        tile_begin = int(position - unit_begin);
+        const i64 rest = end - unit_begin;
+        tile_end = rest < unit_tiles ? int(rest) : unit_tiles;
+    }
+    __device__ __forceinline__ bool active() const { return position < end; }
+    __device__ __forceinline__ bool starts() const { return tile_begin == 0; }
+    __device__ __forceinline__ bool ends() const { return tile_end == unit_tiles; }
+    // Tiles of the segment that hold keys: a request without keys owns one tile that does not.
+    __device__ __forceinline__ int key_tiles() const { return seqlen == 0 ? 0 : tile_end - tile_begin; }
+    __device__ __forceinline__ int first_lane() const { return lane_of(unit_begin, total, lanes); }
+    __device__ __forceinline__ int last_lane() const { return lane_of(unit_begin + unit_tiles - 1, total, lanes); }
+
+    __device__ __forceinline__ void next(const Params& p) {
+        position = unit_begin + tile_end;
+        unit_begin += unit_tiles;
+        if (position >= end) return;
+        if (++pass == p.passes) {
+            pass = 0;
+            seqlen = seqlen_of(p, ++request);
+            unit_tiles = unit_tiles_of(seqlen);
+        }
+        measure();
+    }
+};
+
+// A unit that several lanes share, for the merge.
+struct SharedUnit {
+    int request, pass;
+    int first_lane, members;
+    u32 arrivals_before;  // the counter as this CTA found it when it left its partial result
+};
+
+constexpr int SHARED_LIMIT = 232448;
+constexpr int FIXED_BYTES = TILE_CHUNKS * Q_CHUNK_BYTES + 2 * P_BYTES + sizeof(Statistics) + sizeof(Start) +
+                            sizeof(Walk) + 2 * sizeof(SharedUnit) + 4 * 8;
+constexpr int SLOTS = (SHARED_LIMIT - FIXED_BYTES) / (CHUNK_BYTES + 2 * 8);
+// Chunks of tile i + 2 that arrive even while tiles i and i + 1 are held.
+constexpr int EARLY_CHUNKS = SLOTS - 2 * TILE_CHUNKS < 0             ? 0
+                             : SLOTS - 2 * TILE_CHUNKS > TILE_CHUNKS ? TILE_CHUNKS
+                                                                     : SLOTS - 2 * TILE_CHUNKS;
+static_assert(SLOTS >= 2 * TILE_CHUNKS - 1, "two tiles have to fit, less the rope chunk that is released early");
+
+struct Shared {
+    unsigned char ring[SLOTS][CHUNK_BYTES];
+    unsigned char q[TILE_CHUNKS][Q_CHUNK_BYTES];
+    unsigned char p[2][P_BYTES];
+    u64 chunk_full[SLOTS];
+    u64 chunk_empty[SLOTS];
+    u64 p_full[2];
+    Start start;
+    Walk walk;  // of the consumers, out of the way of their accumulators
+    SharedUnit shared_units[2];
+    int verdict;  // of thread 0 over a shared unit, see meet_and_merge
+    Statistics statistics;
+};
+static_assert(sizeof(Shared) <= SHARED_LIMIT, "shared memory of a CTA");
+
+// Chunks go round the ring in the order they are used; the n-th use of a slot flips the parity of its barriers.
+__device__ __forceinline__ int slot_of(u32 chunk) { return chunk % SLOTS; }
+__device__ __forceinline__ u32 parity_of(u32 chunk) { return (chunk / SLOTS) & 1; }
+
+// ---------------------------------------------------------------------------------------------- prologue
+
+// Finds total and the unit where this lane starts: a scan over the lengths, a block of requests a thread.
+__device__ __forceinline__ void find_start(const Params& p, Shared& s, int lane) {
+    const int t = threadIdx.x;
+    const int each = (p.batch + CONSUMERS - 1) / CONSUMERS;
+    const int begin = min(t * each, p.batch), end = min(begin + each, p.batch);
+    i64 own = 0;
+    if (t < CONSUMERS)
+        for (int r = begin; r < end; ++r) own += i64(unit_tiles_of(seqlen_of(p, r))) * p.passes;
+
+    i64 inclusive = own;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        const i64 below = __shfl_up_sync(~0u, inclusive, d);
+        if (t % 32 >= d) inclusive += below;
+    }
+    if (t < CONSUMERS && t % 32 == 31) s.start.warp_sums[t / 32] = inclusive;
+    __syncthreads();
+    if (t < CONSUMERS) {
+        i64 total = 0, before = inclusive - own;
+#pragma unroll
+        for (int w = 0; w < CONSUMER_WARPS; ++w) {
+            if (w < t / 32) before += s.start.warp_sums[w];
+            total += s.start.warp_sums[w];
+        }
+        const int lanes = total < p.lanes ? int(total) : p.lanes;
+        const i64 target = total * lane / lanes;
+        if (target >= before && target < before + own) {
+            int r = begin;
+            for (;; ++r) {
+                const i64 tiles = i64(unit_tiles_of(seqlen_of(p, r))) * p.passes;
+                if (target < before + tiles) break;
+                before += tiles;
+            }
+            s.start.request = r;
+            s.start.unit_begin = before;
+        }
+        if (t == 0) s.start.total = total;
+    }
+    __syncthreads();
+}
+
+// ---------------------------------------------------------------------------------------------- producer
+
+__device__ __forceinline__ void produce(const Params& p, Shared& s, int lane) {
+    const int l = threadIdx.x % 32;
+    u32 chunk = 0;
+    Walk walk;
+    for (walk.begin(p, s.start, lane); walk.active(); walk.next(p)) {
+        const int tiles = walk.key_tiles();
+        const int* table = p.block_table + i64(walk.request) * p.table_stride;
+        // Each thread of the warp holds the page of one of the next 32 tiles.
+        auto page_of = [&](int i) { return i < tiles ? table[(walk.tile_begin + i) / p.page_tiles] : 0; };
+        int pages = page_of(l);
+        for (int group = 0; group < tiles; group += 32) {
+            const int next_pages = page_of(group + 32 + l);
+            const int count = min(32, tiles - group);
+            for (int i = 0; i < count; ++i) {
+                const int page = __shfl_sync(~0u, pages, i);
+                const int token = (walk.tile_begin + group + i) % p.page_tiles * TILE_KEYS;
+                if (l == 0) {
+#pragma unroll
+                    for (int j = 0; j < TILE_CHUNKS; ++j, ++chunk) {
+                        const int slot = slot_of(chunk);
+                        const u32 full = shared_address(&s.chunk_full[slot]);
+                        mbarrier_wait(shared_address(&s.chunk_empty[slot]), parity_of(chunk) ^ 1);
+                        mbarrier_arrive_expect(full, CHUNK_BYTES);
+                        const bool rope = j < ROPE_CHUNKS;
+                        tma_load_3d(shared_address(s.ring[slot]), rope ? &p.rope_map : &p.latent_map, full,
+                                    (rope ? j : j - ROPE_CHUNKS) * CHUNK_DIMS, token, page);
+                    }
+                }
+                __syncwarp();
+            }
+            pages = next_pages;
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- consumers
+
+struct RowTile {
+    int first;  // first query row of the tile within the request
+    int count;  // rows that exist, 0 when the tile lies past the last row
+};
+
+// One warpgroup's view of the pipeline.
+struct Consumer {
+    const Params& p;
+    Shared& s;
+    const int warpgroup, warp, lane;  // warp within the warpgroup, lane within the warp
+    u32 chunk = 0;                    // first chunk of the segment's first tile
+    u32 p_phase = 0;                  // bit w: parity of the next P^T of warpgroup w
+
+    float o[OWN_BLOCKS][ROWS / 2];  // O^T, see wgmma for the layout
+    float x[ROWS / 2];              // S^T, then scaled scores
+    float sums[COLUMN_GROUPS][2];   // of this thread's keys, this warpgroup's tiles
+
+    __device__ __forceinline__ Consumer(const Params& params, Shared& shared)
+        : p(params), s(shared), warpgroup(uniform(threadIdx.x / WARPGROUP)), warp(uniform(threadIdx.x / 32 % 4)), lane(threadIdx.x % 32) {}
+
+    // Column of element e of a column group that this thread holds.
+    __device__ __forceinline__ int column(int group, int e) const { return group * 8 + lane % 4 * 2 + e % 2; }
+
+    __device__ __forceinline__ u32 chunk_of(int tile, int j) const { return chunk + u32(tile) * TILE_CHUNKS + j; }
+
+    __device__ __forceinline__ void release(u32 c) {
+        if (lane == 0) mbarrier_arrive(shared_address(&s.chunk_empty[slot_of(c)]));
+    }
+
+    __device__ __forceinline__ void release_own_blocks(int tile) {
+#pragma unroll
+        for (int b = 0; b < OWN_BLOCKS; ++b)
+            release(chunk_of(tile, ROPE_CHUNKS + warpgroup * OWN_BLOCKS + b));
+    }
+
+    // S^T += K Q^T for chunks [FROM, TO) of a tile, as they arrive.
+    template <int FROM, int TO>
+    __device__ __forceinline__ void issue_scores(int tile) {
+#pragma unroll
+        for (int j = FROM; j < TO; ++j) {
+            const u32 c = chunk_of(tile, j);
+            const int slot = slot_of(c);
+            mbarrier_wait(shared_address(&s.chunk_full[slot]), parity_of(c));
+            wgmma_fence();
+            const u64 k = operand_descriptor(shared_address(s.ring[slot]));
+            const u64 q = operand_descriptor(shared_address(s.q[j]));
+#pragma unroll
+            for (int step = 0; step < CHUNK_DIMS / 16; ++step)
+                wgmma<ROWS, IS_BF16, false>(x, k + step * K_MAJOR_STEP, q + step * K_MAJOR_STEP, j > 0 || step > 0);
+        }
+        wgmma_commit();
+    }
+
+    // O^T += V^T P^T for this warpgroup's dims.
+    __device__ __forceinline__ void issue_output(int tile, bool accumulate) {
+        const u64 weights = operand_descriptor(shared_address(s.p[tile & 1]));
+        wgmma_fence();
+#pragma unroll
+        for (int b = 0; b < OWN_BLOCKS; ++b) {
+            const int slot = slot_of(chunk_of(tile, ROPE_CHUNKS + warpgroup * OWN_BLOCKS + b));
+            const u64 v = operand_descriptor(shared_address(s.ring[slot]));
+#pragma unroll
+            for (int step = 0; step < TILE_KEYS / 16; ++step)
+                wgmma<ROWS, IS_BF16, true>(o[b], v + step * M_MAJOR_STEP, weights + step * K_MAJOR_STEP,
+                                           step > 0 || accumulate);
+        }
+        wgmma_commit();
+    }
+
+    __device__ __forceinline__ void pin_output() {
+#pragma unroll
+        for (int b = 0; b < OWN_BLOCKS; ++b) pin(o[b]);
+    }
+
+    // Follows the rescaling that warpgroup w has announced. No product may be running.
+    __device__ __forceinline__ void rescale(int w) {
+#pragma unroll
+        for (int g = 0; g < COLUMN_GROUPS; ++g)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const float factor = s.statistics.factor[w][column(g, e)];
+#pragma unroll
+                for (int b = 0; b < OWN_BLOCKS; ++b) {
+                    o[b][g * 4 + e] *= factor;
+                    o[b][g * 4 + e + 2] *= factor;
+                }
+                sums[g][e] *= factor;
+            }
+    }
+
+    // Waits for P^T of a tile; if the other warpgroup rescaled before it, follows. `started`: O^T holds something.
+    __device__ __forceinline__ void wait_weights(int tile, bool started) {
+        const int w = tile & 1;
+        mbarrier_wait(shared_address(&s.p_full[w]), p_phase >> w & 1);
+        p_phase ^= 1u << w;
+        if (w != warpgroup && started && uniform(s.statistics.rescale[w])) {
+            wgmma_wait<0>();
+            pin_output();
+            pin(x);
+            rescale(w);
+        }
+    }
+
+    // Keys past the end may hold anything, NaN included, and 0 * NaN is NaN: zero this warpgroup's dims of them.
+    __device__ __forceinline__ void zero_values_past(int tile, int valid) {
+        for (int i = threadIdx.x % WARPGROUP; i < OWN_BLOCKS * (TILE_KEYS - valid) * 8; i += WARPGROUP) {
+            const int row = valid + i / 8 % (TILE_KEYS - valid), b = i / 8 / (TILE_KEYS - valid);
+            const int slot = slot_of(chunk_of(tile, ROPE_CHUNKS + warpgroup * OWN_BLOCKS + b));
+            reinterpret_cast<uint4*>(s.ring[slot])[row * 8 + i % 8] = make_uint4(0, 0, 0, 0);
+        }
+        fence_async_proxy();
+        named_barrier(WARPGROUP_BARRIER + warpgroup, WARPGROUP);
+    }
+
+    // Takes the column maxima of the tile into the reference and rescales what has been accumulated.
+    __device__ __forceinline__ void move_reference(bool started) {
+        Statistics& st = s.statistics;
+        const int barrier = WARPGROUP_BARRIER + warpgroup, n = threadIdx.x % WARPGROUP;
+#pragma unroll
+        for (int g = 0; g < COLUMN_GROUPS; ++g)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                float m = fmaxf(x[g * 4 + e], x[g * 4 + e + 2]);
+#pragma unroll
+                for (int d = 4; d < 32; d *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, d));
+                if (lane < 4) st.warp_max[warp][column(g, e)] = m;
+            }
+        named_barrier(barrier, WARPGROUP);
+        if (n < ROWS) {
+            const float old = started ? st.reference[n] : NEG_INF;
+            const float grown = fmaxf(fmaxf(fmaxf(st.warp_max[0][n], st.warp_max[1][n]),
+                                            fmaxf(st.warp_max[2][n], st.warp_max[3][n])), old);
+            st.reference[n] = grown;
+            st.factor[warpgroup][n] = grown == old ? 1.0f : exp2_approx(old - grown);
+        }
+        if (n == 0) st.rescale[warpgroup] = 1;
+        named_barrier(barrier, WARPGROUP);
+        if (started) rescale(warpgroup);
+    }
+
+    // Softmax of a finished S^T, published as P^T. On return the previous tile's products are complete too.
+    __device__ __forceinline__ void publish_weights(int tile, int first_key, int seqlen, const RowTile& rows) {
+        Statistics& st = s.statistics;
+        const int limit = p.causal ? seqlen - p.s_q + 1 + rows.first / p.heads : seqlen;  // of the first row
+#pragma unroll
+        for (int i = 0; i < ROWS / 2; ++i) x[i] *= p.scale_log2;
+        if (first_key + TILE_KEYS > min(limit, seqlen)) {
+            const int key = first_key + warp * 16 + lane / 4;
+#pragma unroll
+            for (int g = 0; g < COLUMN_GROUPS; ++g)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const int row = rows.first + column(g, e);
+                    const int seen = p.causal ? min(seqlen, seqlen - p.s_q + 1 + row / p.heads) : seqlen;
+                    if (key + (e < 2 ? 0 : 8) >= seen) x[g * 4 + e] = NEG_INF;
+                }
+        }
+        bool excess = tile == 0;
+        if (tile > 0)
+#pragma unroll
+            for (int g = 0; g < COLUMN_GROUPS; ++g)
+#pragma unroll
+                for (int e = 0; e < 2; ++e)
+                    excess |= fmaxf(x[g * 4 + e], x[g * 4 + e + 2]) > st.reference[column(g, e)] + LAZY_LOG2;
+        excess = named_barrier_any(WARPGROUP_BARRIER + warpgroup, WARPGROUP, excess);
+        wgmma_wait<0>();
+        pin_output();
+        if (tile > 0) release_own_blocks(tile - 1);
+        if (excess)
+            move_reference(tile > 0);
+        else if (threadIdx.x % WARPGROUP == 0)
+            st.rescale[warpgroup] = 0;
+
+        const u32 p_base = shared_address(s.p[warpgroup]);
+#pragma unroll
+        for (int g = 0; g < COLUMN_GROUPS; ++g) {
+            float w[4];
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const float m = st.reference[column(g, e)];
+                w[e] = exp2_approx(x[g * 4 + e] - (m == NEG_INF ? 0.0f : m));
+                sums[g][e % 2] += w[e];
+            }
+            // P is kept [column][key], K-major: 128 bytes a column, 16-byte pieces swizzled by the column.
+            const int n = g * 8 + lane % 8, piece = warp * 2 + lane / 8 % 2;
+            store_transposed_x2(p_base + n * 128 + ((piece ^ (n & 7)) << 4), pack<IS_BF16>(w[0], w[1]),
+                                pack<IS_BF16>(w[2], w[3]));
+        }
+        fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(shared_address(&s.p_full[warpgroup]));
+    }
+
+    // All key tiles of a segment; tile indices count from its start.
+    __device__ __forceinline__ void run_tiles(const RowTile& rows) {
+        const int seqlen = s.walk.seqlen, tile_begin = s.walk.tile_begin;
+        const int tiles = uniform(s.walk.key_tiles());
+        const int tail = s.walk.ends() ? seqlen - (s.walk.unit_tiles - 1) * TILE_KEYS : TILE_KEYS;  // keys of the last
+        auto accumulate = [&](int i) {
+            wait_weights(i, i > 0);
+            if (i == tiles - 1 && tail < TILE_KEYS) zero_values_past(i, tail);
+            issue_output(i, i > 0);
+        };
+#pragma unroll
+        for (int g = 0; g < COLUMN_GROUPS; ++g) sums[g][0] = sums[g][1] = 0.0f;
+
+        for (int i = warpgroup; i < tiles; i += 2) {
+            // The products of tile i - 2 run on while the first chunks of tile i are multiplied; the others may have to
+            // wait until tile i - 2 has left the ring.
+            if constexpr (EARLY_CHUNKS > 0) issue_scores<0, EARLY_CHUNKS>(i);
+            if (i > 1) {
+                wgmma_wait<(EARLY_CHUNKS > 0 ? 1 : 0)>();
+                pin_output();
+                release_own_blocks(i - 2);
+            }
+            if constexpr (EARLY_CHUNKS < TILE_CHUNKS) issue_scores<EARLY_CHUNKS, TILE_CHUNKS>(i);
+            if (i > 0) {
+                accumulate(i - 1);
+                wgmma_wait<1>();
+            } else {
+                wgmma_wait<0>();
+            }
+            pin(x);
+#pragma unroll
+            for (int j = 0; j < ROPE_CHUNKS; ++j) release(chunk_of(i, j));
+            publish_weights(i, (tile_begin + i) * TILE_KEYS, seqlen, rows);
+            accumulate(i);
+        }
+        const bool own_last = (tiles - 1 & 1) == warpgroup;
+        if (!own_last) {
+            accumulate(tiles - 1);
+            if (tiles > 1) {
+                wgmma_wait<1>();
+                release_own_blocks(tiles - 2);
+            }
+        }
+        wgmma_wait<0>();
+        pin_output();
+        release_own_blocks(tiles - 1);
+        chunk += u32(tiles) * TILE_CHUNKS;
+    }
+
+    // Query rows to shared memory: chunk j, row n at n * 128 bytes, 16-byte pieces swizzled by the row.
+    __device__ __forceinline__ void load_queries(const Walk& walk, const RowTile& rows) {
+        constexpr int PIECES = TILE_CHUNKS * 8;
+        const i64 request = walk.request;
+        for (int i = threadIdx.x; i < ROWS * PIECES; i += CONSUMERS) {
+            const int n = i / PIECES, piece = i % PIECES, j = piece / 8;
+            uint4 v = make_uint4(0, 0, 0, 0);
+            if (n < rows.count) {
+                const int row = rows.first + n, token = row / p.heads, head = row % p.heads;
+                const u16* source =
+                    j < ROPE_CHUNKS
+                        ? p.q_rope + request * p.q_rope_strides[0] + token * p.q_rope_strides[1] +
+                              head * p.q_rope_strides[2] + piece * 8
+                        : p.q_latent + request * p.q_strides[0] + token * p.q_strides[1] + head * p.q_strides[2] +
+                              (piece - ROPE_CHUNKS * 8) * 8;
+                if (p.q_vector_loads) {
+                    v = *reinterpret_cast<const uint4*>(source);
+                } else {
+                    v = make_uint4(source[0] | u32(source[1]) << 16, source[2] | u32(source[3]) << 16,
+                                   source[4] | u32(source[5]) << 16, source[6] | u32(source[7]) << 16);
+                }
+            }
+            *reinterpret_cast<uint4*>(s.q[j] + n * 128 + ((piece % 8 ^ (n & 7)) << 4)) = v;
+        }
+        fence_async_proxy();
+    }
+};
+
+// Writes one column group of 16 dims: values as wgmma holds them, times `scale` of each of the two columns.
+__device__ __forceinline__ void store_outputs(const Params& p, int request, const RowTile& rows, int group, int first_dim,
+                                              const float* v, float scale_even, float scale_odd) {
+    const int lane = threadIdx.x % 32;
+    const u32 low = transpose(pack<IS_BF16>(v[0] * scale_even, v[1] * scale_odd));
+    const u32 high = transpose(pack<IS_BF16>(v[2] * scale_even, v[3] * scale_odd));
+    const int n = group * 8 + lane / 4;
+    if (n < rows.count) {
+        const int row = rows.first + n;
+        u16* target = p.out + request * p.out_strides[0] + row / p.heads * p.out_strides[1] +
+                      row % p.heads * p.out_strides[2] + first_dim + lane % 4 * 2;
+        *reinterpret_cast<u32*>(target) = low;
+        *reinterpret_cast<u32*>(target + 8) = high;
+    }
+}
+
+__device__ __forceinline__ void store_lse(const Params& p, int request, const RowTile& rows, int n, float reference,
+                                          float sum) {
+    constexpr float LN_2 = 0.6931471805599453f;
+    if (n < rows.count) {
+        const int row = rows.first + n;
+        p.lse[request * p.lse_strides[0] + row % p.heads * p.lse_strides[1] + row / p.heads * p.lse_strides[2]] =
+            sum > 0.0f ? (reference + log2_approx(sum)) * LN_2 : sum == 0.0f ? NEG_INF : sum;
+    }
+}
+
+__device__ __forceinline__ RowTile row_tile_of(const Params& p, int pass, int row_group) {
+    const int first = (pass * p.row_groups + row_group) * ROWS;
+    return {first, max(0, min(ROWS, p.s_q * p.heads - first))};
+}
+
+// Partial results: a lane has one slot for the unit it starts in the middle of, one for the unit it starts.
+__device__ __forceinline__ int partial_slot(const Params& p, int lane, bool starts, int row_group) {
+    return (lane * 2 + int(starts)) * p.row_groups + row_group;
+}
+
+__device__ __forceinline__ int partial_index(int slot, int block, int warp, int group) {
+    return ((slot * LATENT_CHUNKS + block) * 4 + warp) * COLUMN_GROUPS + group;
+}
+
+// Ends a segment: the sums of both warpgroups come together, then O^T goes out as the result or as a partial result.
+__device__ __forceinline__ void finish_segment(Consumer& c, int row_group) {
+    const Params& p = c.p;
+    Shared& s = c.s;
+    const Walk& walk = s.walk;
+    const RowTile rows = row_tile_of(p, walk.pass, row_group);
+    // Q is not needed any more: every score of the segment was published before this point.
+    float(*warp_sums)[ROWS] = reinterpret_cast<float(*)[ROWS]>(s.q);
+#pragma unroll
+    for (int g = 0; g < COLUMN_GROUPS; ++g)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            float sum = c.sums[g][e];
+#pragma unroll
+            for (int d = 4; d < 32; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
+            if (c.lane < 4) warp_sums[threadIdx.x / 32][c.column(g, e)] = sum;
+        }
+    named_barrier(CONSUMER_BARRIER, CONSUMERS);
+    const bool whole = walk.starts() && walk.ends();
+    const int slot = partial_slot(p, walk.lane, walk.starts(), row_group);
+#pragma unroll
+    for (int g = 0; g < COLUMN_GROUPS; ++g) {
+        if (whole) {
+            float inverse[2];
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                float sum = 0.0f;
+#pragma unroll
+                for (int w = 0; w < CONSUMER_WARPS; ++w) sum += warp_sums[w][c.column(g, e)];
+                inverse[e] = sum == 0.0f ? 0.0f : 1.0f / sum;
+            }
+#pragma unroll
+            for (int b = 0; b < OWN_BLOCKS; ++b) {
+                const int dim = (c.warpgroup * OWN_BLOCKS + b) * CHUNK_DIMS + c.warp * 16;
+                store_outputs(p, walk.request, rows, g, dim, &c.o[b][g * 4], inverse[0], inverse[1]);
+            }
+        } else {
+#pragma unroll
+            for (int b = 0; b < OWN_BLOCKS; ++b) {
+                const float* v = &c.o[b][g * 4];
+                p.partials[i64(partial_index(slot, c.warpgroup * OWN_BLOCKS + b, c.warp, g)) * 32 + c.lane] =
+                    make_float4(v[0], v[1], v[2], v[3]);
+            }
+        }
+    }
+    if (threadIdx.x < ROWS) {
+        const int n = threadIdx.x;
+        float sum = 0.0f;
+#pragma unroll
+        for (int w = 0; w < CONSUMER_WARPS; ++w) sum += warp_sums[w][n];
+        if (whole)
+            store_lse(p, walk.request, rows, n, s.statistics.reference[n], sum);
+        else
+            p.partial_stats[i64(slot) * ROWS + n] = make_float2(s.statistics.reference[n], sum);
+    }
+}
+
+// Zeros for a request without keys.
+__device__ __forceinline__ void write_empty(const Consumer& c, const Walk& walk, const RowTile& rows) {
+    const float zeros[4] = {};
+#pragma unroll
+    for (int g = 0; g < COLUMN_GROUPS; ++g)
+#pragma unroll
+        for (int b = 0; b < OWN_BLOCKS; ++b) {
+            const int dim = (c.warpgroup * OWN_BLOCKS + b) * CHUNK_DIMS + c.warp * 16;
+            store_outputs(c.p, walk.request, rows, g, dim, zeros, 0.0f, 0.0f);
+        }
+    if (threadIdx.x < ROWS) store_lse(c.p, walk.request, rows, threadIdx.x, 0.0f, 0.0f);
+}
+
+// ---------------------------------------------------------------------------------------------- merge
+
+__device__ __forceinline__ u32* counter_of(const Params& p, int lane, int row_group) {
+    return p.counters + (lane * p.row_groups + row_group) * COUNTER_WORDS;
+}
+
+// Running combination of partial results for one column group of 16 dims.
+struct Merged {
+    float v[4];
+    float reference[2];
+    float sum[2];
+};
+
+__device__ __forceinline__ void merge_members(const Params& p, const SharedUnit& unit, int row_group, int block, int warp,
+                                              int group, int from, int to, Merged& m) {
+    constexpr int BATCH = 12;  // loads in flight: a batch of members a round trip
+    const int lane = threadIdx.x % 32;
+    for (int base = from; base < to; base += BATCH) {
+        float4 v[BATCH], stats[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            v[i] = make_float4(0, 0, 0, 0);
+            stats[i] = make_float4(NEG_INF, 0, NEG_INF, 0);
+            if (base + i < to) {
+                const int slot = partial_slot(p, unit.first_lane + base + i, base + i == 0, row_group);
+                v[i] = load_shared_by_ctas(p.partials + i64(partial_index(slot, block, warp, group)) * 32 + lane);
+                stats[i] = load_shared_by_ctas(reinterpret_cast<const float4*>(
+                    p.partial_stats + i64(slot) * ROWS + group * 8 + lane % 4 * 2));
+            }
+        }
+        float top[2] = {m.reference[0], m.reference[1]};
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            top[0] = fmaxf(top[0], stats[i].x);
+            top[1] = fmaxf(top[1], stats[i].z);
+        }
+        const float safe[2] = {top[0] == NEG_INF ? 0.0f : top[0], top[1] == NEG_INF ? 0.0f : top[1]};
+        const float keep[2] = {exp2_approx(m.reference[0] - safe[0]), exp2_approx(m.reference[1] - safe[1])};
+#pragma unroll
+        for (int e = 0; e < 4; ++e) m.v[e] *= keep[e % 2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            m.sum[e] *= keep[e];
+            m.reference[e] = top[e];
+        }
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            const float even = exp2_approx(stats[i].x - safe[0]), odd = exp2_approx(stats[i].z - safe[1]);
+            m.v[0] += v[i].x * even;
+            m.v[1] += v[i].y * odd;
+            m.v[2] += v[i].z * even;
+            m.v[3] += v[i].w * odd;
+            m.sum[0] += stats[i].y * even;
+            m.sum[1] += stats[i].w * odd;
+        }
+    }
+}
+
+// The part of a shared unit that falls to member `member`: pieces member, member + members, ... of the unit's
+// (block, warp, column group) pieces. With few pieces several warps divide the members of one among them.
+__device__ __forceinline__ void merge_part(const Params& p, Shared& s, const SharedUnit& unit, int row_group, int member) {
+    constexpr int PIECES = LATENT_CHUNKS * 4 * COLUMN_GROUPS;
+    const RowTile rows = row_tile_of(p, unit.pass, row_group);
+    const int own = (PIECES - member + unit.members - 1) / unit.members;
+    const int helpers = own > 4 ? 1 : own > 2 ? 2 : own > 1 ? 4 : 8;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int helper = warp % helpers, stride = CONSUMER_WARPS / helpers;
+    // The ring is idle: its first slots carry the helpers' shares.
+    Merged(*shares)[32] = reinterpret_cast<Merged(*)[32]>(s.ring);
+    for (int first = 0; first < own; first += stride) {
+        const int index = first + warp / helpers;
+        const int piece = member + index * unit.members;
+        const int group = piece % COLUMN_GROUPS, block = piece / (4 * COLUMN_GROUPS), row_warp = piece / COLUMN_GROUPS % 4;
+        Merged m = {{0, 0, 0, 0}, {NEG_INF, NEG_INF}, {0, 0}};
+        if (index < own)
+            merge_members(p, unit, row_group, block, row_warp, group, unit.members * helper / helpers,
+                          unit.members * (helper + 1) / helpers, m);
+        if (helpers > 1) {
+            named_barrier(CONSUMER_BARRIER, CONSUMERS);
+            shares[warp][lane] = m;
+            named_barrier(CONSUMER_BARRIER, CONSUMERS);
+            if (helper == 0 && index < own) {
+                float top[2] = {m.reference[0], m.reference[1]};
+                for (int h = 1; h < helpers; ++h)
+                    for (int e = 0; e < 2; ++e) top[e] = fmaxf(top[e], shares[warp + h][lane].reference[e]);
+                Merged all = {{0, 0, 0, 0}, {top[0], top[1]}, {0, 0}};
+                for (int h = 0; h < helpers; ++h) {
+                    const Merged& share = shares[warp + h][lane];
+                    float weight[2];
+                    for (int e = 0; e < 2; ++e)
+                        weight[e] = share.reference[e] == NEG_INF ? 0.0f : exp2_approx(share.reference[e] - top[e]);
+                    for (int e = 0; e < 4; ++e) all.v[e] += share.v[e] * weight[e % 2];
+                    for (int e = 0; e < 2; ++e) all.sum[e] += share.sum[e] * weight[e];
+                }
+                m = all;
+            }
+        }
+        if (helper == 0 && index < own) {
+            store_outputs(p, unit.request, rows, group, block * CHUNK_DIMS + row_warp * 16, m.v,
+                          m.sum[0] == 0.0f ? 0.0f : 1.0f / m.sum[0], m.sum[1] == 0.0f ? 0.0f : 1.0f / m.sum[1]);
+            if (block == 0 && row_warp == 0 && lane < 4)
+                for (int e = 0; e < 2; ++e)
+                    store_lse(p, unit.request, rows, group * 8 + lane * 2 + e, m.reference[e], m.sum[e]);
+        }
+    }
+}
+
+// Low half of the arrival word: members that have left their partial result. High half: members that gave up waiting.
+constexpr u32 ARRIVED = 0xffff;
+constexpr u32 GAVE_UP = 0x10000;
+
+enum Verdict { LEAVE, MERGE_OWN, MERGE_ABANDONED };  // the last: the own part and those of who gave up
+
+// After a CTA's own segments. Everybody merges its part as soon as all members have arrived. A member that waits too long
+// (the others may not even be running, when something else occupies their SMs) leaves its part to the last one to
+// arrive, which never waits: whatever else the GPU does, somebody gets everything done.
+__device__ __forceinline__ void meet_and_merge(const Params& p, Shared& s, const SharedUnit& unit, int lane, int row_group) {
+    const int member = lane - unit.first_lane;
+    const u32 before = unit.arrivals_before;
+    u32* arrivals = counter_of(p, unit.first_lane, row_group);
+    if (threadIdx.x == 0) {
+        s.verdict = MERGE_OWN;
+        if ((before & ARRIVED) == u32(unit.members - 1)) {
+            if (before >= GAVE_UP) s.verdict = MERGE_ABANDONED;
+        } else {
+            const i64 start = clock64();
+            while ((load_acquire(arrivals) & ARRIVED) != u32(unit.members)) {
+                if (clock64() - start > p.patience) {
+                    counter_of(p, lane, row_group)[2] = 1;
+                    if ((atomic_add_acq_rel(arrivals, GAVE_UP) & ARRIVED) != u32(unit.members)) s.verdict = LEAVE;
+                    break;
+                }
+            }
+        }
+    }
+    named_barrier(CONSUMER_BARRIER, CONSUMERS);
+    const int verdict = s.verdict;
+    for (int part = verdict == MERGE_ABANDONED ? 0 : member; part < unit.members && verdict != LEAVE; ++part) {
+        const volatile u32* gave_up = counter_of(p, unit.first_lane + part, row_group) + 2;
+        if (part == member || *gave_up) merge_part(p, s, unit, row_group, part);
+        if (verdict == MERGE_OWN) break;
+    }
+    named_barrier(CONSUMER_BARRIER, CONSUMERS);
+    if (threadIdx.x == 0 && atomic_add_acq_rel(arrivals + 1, 1) == u32(unit.members - 1)) {
+        // Last to leave: nobody looks at these words again in this launch.
+        if (load_acquire(arrivals) >= GAVE_UP)
+            for (int other = 0; other < unit.members; ++other)
+                counter_of(p, unit.first_lane + other, row_group)[2] = 0;
+        arrivals[0] = arrivals[1] = 0;
+    }
+}
+
+__device__ __forceinline__ void consume(const Params& p, Shared& s, int lane, int row_group) {
+    Consumer c(p, s);
+    // A lane shares at most two units: the one it starts in the middle of and the one it does not finish.
+    int shared_units = 0;
+    Walk walk;
+    for (walk.begin(p, s.start, lane); walk.active(); walk.next(p)) {
+        const RowTile rows = row_tile_of(p, walk.pass, row_group);
+        if (walk.key_tiles() == 0) {
+            write_empty(c, walk, rows);
+            continue;
+        }
+        if (threadIdx.x == 0) s.walk = walk;
+        c.load_queries(walk, rows);
+        named_barrier(CONSUMER_BARRIER, CONSUMERS);
+        c.run_tiles(rows);
+        finish_segment(c, row_group);
+        walk = s.walk;
+        named_barrier(CONSUMER_BARRIER, CONSUMERS);
+        if (!(walk.starts() && walk.ends())) {
+            // The barrier above ordered everyone's partial results before this arrival.
+            if (threadIdx.x == 0) {
+                const int first = walk.first_lane();
+                __threadfence();
+                const u32 before = atomic_add_acq_rel(counter_of(p, first, row_group), 1);
+                s.shared_units[shared_units] = {walk.request, walk.pass, first, walk.last_lane() - first + 1, before};
+            }
+            ++shared_units;
+        }
+    }
+    named_barrier(CONSUMER_BARRIER, CONSUMERS);
+#pragma unroll 1
+    for (int i = 0; i < shared_units; ++i) meet_and_merge(p, s, s.shared_units[i], lane, row_group);
+}
+
+// Grid: lanes * row_groups CTAs; CTA = lane * row_groups + row group. Dynamic shared memory: sizeof(Shared).
+extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid_constant__ Params p) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    Shared& s = *reinterpret_cast<Shared*>(memory);
+    const int lane = blockIdx.x / p.row_groups, row_group = blockIdx.x % p.row_groups;
+
+    if (threadIdx.x == CONSUMERS) {
+        tma_prefetch_map(&p.latent_map);
+        tma_prefetch_map(&p.rope_map);
+        for (int i = 0; i < SLOTS; ++i) {
+            mbarrier_init(shared_address(&s.chunk_full[i]), 1);
+            mbarrier_init(shared_address(&s.chunk_empty[i]), 4);
+        }
+        for (int w = 0; w < 2; ++w) mbarrier_init(shared_address(&s.p_full[w]), 4);
+        mbarrier_init_fence();
+    }
+    find_start(p, s, lane);
+    if (uniform(threadIdx.x / WARPGROUP) == 2) {
+        registers_give_up<PRODUCER_REGISTERS>();
+        if (uniform(threadIdx.x / 32) == CONSUMER_WARPS) produce(p, s, lane);
+    } else {
+        registers_take<CONSUMER_REGISTERS>();
+        consume(p, s, lane, row_group);
+    }
+}

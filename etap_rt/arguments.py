@@ -1,0 +1,406 @@
+"""Validation of mla_decode's arguments.
+
+Whatever the host can see is checked before anything is launched. Checks depend on layouts only, apart from the
+alignment of addresses, so a call whose layouts were seen before costs a look-up: the layouts of all arguments
+are the key, the `Problem` they amount to is the value.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
+
+from etap_rt.errors import ArgumentError, ArgumentTypeError
+from etap_rt.interop import Array, Layout, describe, remember, to_host
+from etap_rt.kernels import DIMS, ELEMENT_TYPES, ElementType
+from etap_rt.schedule import TILE_KEYS
+
+MAX_HEADS = 128
+MAX_SCALE = 3.4e38  # of float32
+ELEMENT_BYTES = 2
+CACHE_ALIGNMENT = 16  # bytes; what the copy engine asks of addresses and strides
+OUT_ALIGNMENT = 16  # bytes; of the kernel's stores
+MAX_STRIDE_BYTES = 1 << 40  # the copy engine's limit
+
+_PAIRS = {latent + rope: (latent, rope) for latent, rope in DIMS}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Problem:
+    """All that a launch needs to know except addresses. Strides are in elements.
+
+    Equal layouts give the same object, so it can be the key of what is prepared once a problem.
+    """
+
+    element: ElementType  # of q, kv_cache and out
+    batch: int
+    s_q: int
+    heads: int
+    latent_dim: int
+    rope_dim: int
+    num_pages: int
+    page_size: int
+    max_pages: int  # columns of block_table
+    device_type: str  # "cuda" or "cpu"
+    device: int
+    split_q: bool
+    split_cache: bool
+    q_strides: tuple[int, int, int]  # batch, query, head; of the latent part
+    q_rope_strides: tuple[int, int, int]
+    cache_strides: tuple[int, int]  # page, token; of the latent part
+    cache_rope_strides: tuple[int, int]
+    block_table_stride: int  # between requests
+    cache_seqlens_stride: int
+    out_strides: tuple[int, int, int]  # batch, query, head
+    lse_strides: tuple[int, int, int]  # batch, head, query
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        return (self.batch, self.s_q, self.heads, self.latent_dim)
+
+    @property
+    def lse_shape(self) -> tuple[int, int, int]:
+        return (self.batch, self.heads, self.s_q)
+
+
+class Call(NamedTuple):
+    """A validated call: its problem, the addresses of the inputs, and the arrays they came from.
+
+    A packed array's rope part begins `latent_dim` elements after its latent part. Without `out` or `lse`, the
+    problem's strides are those of a contiguous array still to be made.
+    """
+
+    problem: Problem
+    q_latent: int
+    q_rope: int
+    cache_latent: int
+    cache_rope: int
+    block_table: int
+    cache_seqlens: int
+    q: tuple[Array, ...]  # one packed array, or (latent, rope)
+    kv_cache: tuple[Array, ...]
+    table: Array
+    lengths: Array
+    out: Array | None
+    lse: Array | None
+
+
+_problems: dict[tuple[Any, ...], Problem] = {}
+
+
+def check(
+    q: Any,
+    kv_cache: Any,
+    block_table: Any,
+    cache_seqlens: Any,
+    softmax_scale: float,
+    causal: bool,
+    out: Any = None,
+    lse: Any = None,
+) -> Call:
+    """Validate the arguments of mla_decode, all but the values that may lie on a GPU.
+
+    Raises ArgumentError or ArgumentTypeError for the first argument that is not acceptable.
+    """
+    if type(softmax_scale) is not float or not 0.0 < softmax_scale <= MAX_SCALE:
+        _check_scale(softmax_scale)
+    if causal is not True and causal is not False:
+        raise ArgumentTypeError("causal", repr(causal), "True or False")
+    q_arrays = _describe_parts(q, "q")
+    cache_arrays = _describe_parts(kv_cache, "kv_cache")
+    table = describe(block_table, "block_table")
+    lengths = describe(cache_seqlens, "cache_seqlens")
+    out_array = None if out is None else describe(out, "out")
+    lse_array = None if lse is None else describe(lse, "lse")
+
+    q_latent, q_rope = q_arrays[0], q_arrays[-1]
+    cache_latent, cache_rope = cache_arrays[0], cache_arrays[-1]
+    key = (
+        len(q_arrays),  # tells q's rope part from a second cache
+        q_latent.layout,
+        q_rope.layout,
+        cache_latent.layout,
+        cache_rope.layout,
+        table.layout,
+        lengths.layout,
+        None if out_array is None else out_array.layout,
+        None if lse_array is None else lse_array.layout,
+    )
+    problem = _problems.get(key)
+    if problem is None:
+        q_layouts, cache_layouts = [a.layout for a in q_arrays], [a.layout for a in cache_arrays]
+        problem = _check_layouts(q_layouts, cache_layouts, *key[5:])
+        remember(_problems, key, problem)
+
+    call = Call(
+        problem,
+        q_latent.pointer,
+        q_rope.pointer if problem.split_q else q_latent.pointer + problem.latent_dim * ELEMENT_BYTES,
+        cache_latent.pointer,
+        cache_rope.pointer if problem.split_cache else cache_latent.pointer + problem.latent_dim * ELEMENT_BYTES,
+        table.pointer,
+        lengths.pointer,
+        q_arrays,
+        cache_arrays,
+        table,
+        lengths,
+        out_array,
+        lse_array,
+    )
+    if (
+        (q_latent.pointer | q_rope.pointer) % ELEMENT_BYTES
+        or (cache_latent.pointer | cache_rope.pointer) % CACHE_ALIGNMENT
+        or (table.pointer | lengths.pointer) % 4
+    ):
+        _refuse_alignment(call)
+    if out_array is not None and (out_array.pointer % OUT_ALIGNMENT or not _writeable(out_array)):
+        _refuse_output("out", out_array, OUT_ALIGNMENT)
+    if lse_array is not None and (lse_array.pointer % 4 or not _writeable(lse_array)):
+        _refuse_output("lse", lse_array, 4)
+    return call
+
+
+def check_inputs(
+    q: Any,
+    kv_cache: Any,
+    block_table: Any,
+    cache_seqlens: Any,
+    *,
+    softmax_scale: float,
+    causal: bool = True,
+    out: Any = None,
+    lse: Any = None,
+    return_lse: bool = False,
+) -> None:
+    """Check the arguments of `mla_decode`, and the lengths and table entries as well; for debugging.
+
+    Takes what `mla_decode` takes, computes nothing and returns None. Lengths and tables that lie on a GPU are
+    copied to the host, which waits for the work of their library's current stream.
+
+    Raises ArgumentError or ArgumentTypeError that names the first argument, request or table entry that is wrong.
+    """
+    if return_lse is not True and return_lse is not False:
+        raise ArgumentTypeError("return_lse", repr(return_lse), "True or False")
+    check_values(check(q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, out, lse))
+
+
+def check_values(call: Call) -> None:
+    """Check that every length fits its row of the table and every entry in use is a page; copies both to the host."""
+    problem = call.problem
+    table = to_host(call.table)
+    most = problem.max_pages * problem.page_size
+    for request, length in enumerate(to_host(call.lengths).tolist()):
+        if not 0 <= length <= most:
+            raise ArgumentError(f"cache_seqlens[{request}]", str(length), f"0 ... {most} (max_pages * page_size)")
+        used = table[request, : -(-length // problem.page_size)]
+        wrong = ((used < 0) | (used >= problem.num_pages)).nonzero()[0]
+        if wrong.size:
+            name = f"block_table[{request}, {wrong[0]}]"
+            raise ArgumentError(name, str(used[wrong[0]]), f"0 ... {problem.num_pages - 1} (num_pages - 1)")
+
+
+def _describe_parts(x: Any, name: str) -> tuple[Array, ...]:
+    if not isinstance(x, (tuple, list)):
+        return (describe(x, name),)
+    if len(x) != 2:
+        raise ArgumentTypeError(name, f"{type(x).__name__} of {len(x)}", "one array or the pair (latent, rope)")
+    return (describe(x[0], f"{name}[0]"), describe(x[1], f"{name}[1]"))
+
+
+def _check_scale(scale: Any) -> None:
+    if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
+        raise ArgumentTypeError("softmax_scale", repr(scale), "a number of the host")
+    if not 0.0 < float(scale) <= MAX_SCALE:
+        raise ArgumentError("softmax_scale", repr(scale), "a finite number above 0")
+
+
+# ---- Layouts: what follows runs once for each combination of layouts ----
+
+
+def _check_layouts(
+    q: list[Layout],
+    cache: list[Layout],
+    table: Layout,
+    lengths: Layout,
+    out: Layout | None,
+    lse: Layout | None,
+) -> Problem:
+    batch, s_q, heads, latent_dim, rope_dim = _check_q(q)
+    num_pages, page_size = _check_cache(cache, latent_dim, rope_dim, like=q[0])
+    _check_type(table, "block_table", "int32", like=q[0])
+    if len(table.shape) != 2 or table.shape[0] != batch:
+        raise ArgumentError("block_table", f"shape {table.shape}", f"({batch}, max_pages); q has batch {batch}")
+    if table.shape[1] > 1:
+        _check_contiguous(table, "block_table")
+    _check_type(lengths, "cache_seqlens", "int32", like=q[0])
+    if lengths.shape != (batch,):
+        raise ArgumentError("cache_seqlens", f"shape {lengths.shape}", f"({batch},); q has batch {batch}")
+
+    out_strides: tuple[int, ...] = (s_q * heads * latent_dim, heads * latent_dim, latent_dim)
+    lse_strides: tuple[int, ...] = (heads * s_q, s_q, 1)
+    if out is not None:
+        _check_type(out, "out", q[0].dtype, like=q[0])
+        _check_output_shape(out, "out", (batch, s_q, heads, latent_dim))
+        _check_contiguous(out, "out")
+        _check_strides(out, "out", OUT_ALIGNMENT)
+        out_strides = out.strides[:3]
+    if lse is not None:
+        _check_type(lse, "lse", "float32", like=q[0])
+        _check_output_shape(lse, "lse", (batch, heads, s_q))
+        lse_strides = lse.strides
+
+    # One page has no stride of its own; whatever was given, it gets one that the copy engine accepts.
+    cache_strides = [c.strides[:2] if num_pages > 1 else (page_size * c.strides[1], c.strides[1]) for c in cache]
+    return Problem(
+        element=q[0].dtype,  # type: ignore[arg-type]  # one of ELEMENT_TYPES: _check_q saw to it
+        batch=batch,
+        s_q=s_q,
+        heads=heads,
+        latent_dim=latent_dim,
+        rope_dim=rope_dim,
+        num_pages=num_pages,
+        page_size=page_size,
+        max_pages=table.shape[1],
+        device_type=q[0].device_type,
+        device=q[0].device,
+        split_q=len(q) == 2,
+        split_cache=len(cache) == 2,
+        q_strides=_three(q[0].strides),
+        q_rope_strides=_three(q[-1].strides),
+        cache_strides=(cache_strides[0][0], cache_strides[0][1]),
+        cache_rope_strides=(cache_strides[-1][0], cache_strides[-1][1]),
+        block_table_stride=table.strides[0],
+        cache_seqlens_stride=lengths.strides[0],
+        out_strides=_three(out_strides),
+        lse_strides=_three(lse_strides),
+    )
+
+
+def _check_q(q: list[Layout]) -> tuple[int, int, int, int, int]:
+    """Check q, return (batch, s_q, heads, latent_dim, rope_dim)."""
+    names = _part_names("q", q)
+    first = q[0]
+    if first.device_type not in ("cuda", "cpu"):
+        raise ArgumentError(names[0], f"device {first.device_type}", "cuda or cpu")
+    if first.dtype not in ELEMENT_TYPES:
+        raise ArgumentError(names[0], f"dtype {first.dtype}", " or ".join(ELEMENT_TYPES))
+    for layout, name in zip(q, names):
+        _check_type(layout, name, first.dtype, like=first)
+        if len(layout.shape) != 4:
+            raise ArgumentError(name, f"shape {layout.shape}", "four dims, (batch, s_q, heads, dim)")
+    if len(q) == 2 and q[1].shape[:3] != first.shape[:3]:
+        raise ArgumentError(names[1], f"shape {q[1].shape}", f"{(*first.shape[:3], 'rope')}, as q[0]")
+    latent_dim, rope_dim = _check_dims([layout.shape[3] for layout in q], names)
+    for layout, name in zip(q, names):
+        _check_contiguous(layout, name)
+    batch, s_q, heads = first.shape[:3]
+    if s_q < 1:
+        raise ArgumentError(names[0], f"shape {first.shape}", "at least one query token (dim 1)")
+    if not 1 <= heads <= MAX_HEADS:
+        raise ArgumentError(names[0], f"{heads} heads (dim 2 of shape {first.shape})", f"1 ... {MAX_HEADS} heads")
+    return batch, s_q, heads, latent_dim, rope_dim
+
+
+def _check_cache(cache: list[Layout], latent_dim: int, rope_dim: int, like: Layout) -> tuple[int, int]:
+    """Check kv_cache, return (num_pages, page_size)."""
+    names = _part_names("kv_cache", cache)
+    dims = (latent_dim, rope_dim) if len(cache) == 2 else (latent_dim + rope_dim,)
+    for layout, name, dim in zip(cache, names, dims):
+        shape = layout.shape
+        _check_type(layout, name, like.dtype, like)
+        if not (len(shape) == 3 or len(shape) == 4 and shape[2] == 1) or shape[-1] != dim:
+            accepted = f"(num_pages, page_size, {dim}) or (num_pages, page_size, 1, {dim})"
+            raise ArgumentError(name, f"shape {shape}", f"{accepted}, with q's dims {latent_dim} + {rope_dim}")
+        _check_contiguous(layout, name)
+        _check_strides(layout, name, CACHE_ALIGNMENT)
+        if not all(0 <= stride * ELEMENT_BYTES < MAX_STRIDE_BYTES for stride in layout.strides[:2]):
+            raise ArgumentError(name, f"strides {layout.strides}", f"0 ... {MAX_STRIDE_BYTES} bytes")
+    num_pages, page_size = cache[0].shape[:2]
+    if cache[-1].shape[:2] != (num_pages, page_size):
+        accepted = f"{num_pages} pages of {page_size} tokens, as kv_cache[0]"
+        raise ArgumentError("kv_cache[1]", f"shape {cache[1].shape}", accepted)
+    if num_pages < 1:
+        raise ArgumentError(names[0], f"shape {cache[0].shape}", "at least one page")
+    if page_size < 1 or page_size % TILE_KEYS:
+        accepted = f"a page size (dim 1) that is a multiple of {TILE_KEYS}"
+        raise ArgumentError(names[0], f"shape {cache[0].shape}", accepted)
+    return num_pages, page_size
+
+
+def _check_dims(dims: list[int], names: list[str]) -> tuple[int, int]:
+    """The (latent, rope) dims of q, given the last dims of its parts."""
+    if len(dims) == 1:
+        if dims[0] not in _PAIRS:
+            raise ArgumentError(names[0], f"last dim {dims[0]}", " or ".join(str(dim) for dim in _PAIRS))
+        return _PAIRS[dims[0]]
+    for index, name in enumerate(names):
+        accepted = [pair for pair in DIMS if pair[: index + 1] == tuple(dims[: index + 1])]
+        if not accepted:
+            choices = dict.fromkeys(str(pair[index]) for pair in DIMS)
+            raise ArgumentError(name, f"last dim {dims[index]}", " or ".join(choices))
+    return dims[0], dims[1]
+
+
+def _check_type(layout: Layout, name: str, dtype: str, like: Layout) -> None:
+    """Check the dtype, and that the device is the one of `like`."""
+    if layout.dtype != dtype:
+        raise ArgumentError(name, f"dtype {layout.dtype}", f"{dtype}, as q" if dtype == like.dtype else dtype)
+    if (layout.device_type, layout.device) != (like.device_type, like.device):
+        accepted = f"{like.device_type}:{like.device}, where q is"
+        raise ArgumentError(name, f"device {layout.device_type}:{layout.device}", accepted)
+
+
+def _check_contiguous(layout: Layout, name: str) -> None:
+    if layout.strides[-1] != 1:
+        raise ArgumentError(name, f"stride {layout.strides[-1]} in the last dim", "1 (contiguous)")
+
+
+def _check_strides(layout: Layout, name: str, alignment: int) -> None:
+    """Check that all strides but the last are multiples of `alignment` bytes, where they matter."""
+    elements = alignment // ELEMENT_BYTES
+    if any(stride % elements for stride, size in zip(layout.strides[:-1], layout.shape) if size > 1):
+        accepted = f"multiples of {elements} elements ({alignment} bytes)"
+        raise ArgumentError(name, f"strides {layout.strides}", accepted)
+
+
+def _check_output_shape(layout: Layout, name: str, shape: tuple[int, ...]) -> None:
+    """Check the shape of an output, and that no two of its elements share memory."""
+    if layout.shape != shape:
+        raise ArgumentError(name, f"shape {layout.shape}", str(shape))
+    extent = 1
+    for stride, size in sorted((abs(stride), size) for stride, size in zip(layout.strides, shape)):
+        if size > 1 and stride < extent:
+            raise ArgumentError(name, f"strides {layout.strides}", "elements that do not overlap")
+        extent += stride * (size - 1)
+
+
+def _part_names(name: str, parts: Sequence[Layout | Array]) -> list[str]:
+    return [name] if len(parts) == 1 else [f"{name}[0]", f"{name}[1]"]
+
+
+def _three(strides: tuple[int, ...]) -> tuple[int, int, int]:
+    return strides[0], strides[1], strides[2]
+
+
+# ---- Addresses ----
+
+
+def _writeable(array: Array) -> bool:
+    return array.layout.device_type != "cpu" or array.layout.library == "torch" or bool(array.owner.flags.writeable)
+
+
+def _refuse_alignment(call: Call) -> NoReturn:
+    candidates = [(name, array, ELEMENT_BYTES) for name, array in zip(_part_names("q", call.q), call.q)]
+    cache_names = _part_names("kv_cache", call.kv_cache)
+    candidates += [(name, array, CACHE_ALIGNMENT) for name, array in zip(cache_names, call.kv_cache)]
+    candidates += [("block_table", call.table, 4), ("cache_seqlens", call.lengths, 4)]
+    name, array, alignment = next(c for c in candidates if c[1].pointer % c[2])
+    raise ArgumentError(name, f"address {array.pointer:#x}", f"a multiple of {alignment} bytes")
+
+
+def _refuse_output(name: str, array: Array, alignment: int) -> NoReturn:
+    if array.pointer % alignment:
+        raise ArgumentError(name, f"address {array.pointer:#x}", f"a multiple of {alignment} bytes")
+    raise ArgumentError(name, "a read-only array", "one that can be written")

@@ -1,0 +1,199 @@
+"""Arrays of any library: pointer, shape, strides, dtype, device and stream, without a copy.
+
+torch is recognised by the type of what is passed in and never imported from here. Reading a torch tensor on the
+GPU costs about a microsecond, because it is on the path of every decode call; arrays that only speak DLPack go
+through CuPy (on the GPU) or NumPy (on the CPU).
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from etap_rt.errors import ArgumentError, ArgumentTypeError
+
+MAX_REMEMBERED = 4096  # entries of a cache that is keyed by layouts; it is emptied when full
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+# DLPack's device types; managed memory is as good as the GPU's, pinned memory as good as the CPU's.
+_DLPACK_DEVICES = {1: "cpu", 2: "cuda", 3: "cpu", 13: "cuda"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """Everything about an array but its address.
+
+    Layouts are interned: arrays that look the same have the same object, which is therefore a key that costs
+    next to nothing to hash.
+    """
+
+    library: str  # "torch", "cupy", "numpy" or "dlpack"
+    dtype: str  # "bfloat16", "float16", "float32", "int32", ...
+    device_type: str  # "cuda", "cpu", or another of torch's
+    device: int  # index; 0 on the CPU
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in elements
+
+
+class Array:
+    """An array that was passed in: its layout, the address of its first element, and what keeps it alive.
+
+    `owner` is the object itself, or the CuPy or NumPy array that DLPack made of it.
+    """
+
+    __slots__ = ("layout", "owner", "pointer")
+
+    def __init__(self, layout: Layout, pointer: int, owner: Any) -> None:
+        self.layout = layout
+        self.pointer = pointer
+        self.owner = owner
+
+
+_layouts: dict[tuple[Any, ...], Layout] = {}
+_readers: dict[type, Callable[[Any, str], Array]] = {}
+
+
+def describe(x: Any, name: str) -> Array:
+    """Read an array of torch, CuPy, NumPy or any DLPack producer; `name` is what errors call it.
+
+    Raises ArgumentTypeError if `x` is not an array with an address and strides, ArgumentError if it lies where
+    neither the CPU nor a CUDA device reaches it.
+    """
+    reader = _readers.get(type(x))
+    if reader is None:
+        reader = _readers[type(x)] = _reader_of(type(x), name)
+    return reader(x, name)
+
+
+def empty(layout: Layout, owner: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    """A new, uninitialised, contiguous array of the library and on the device of an array that was described."""
+    if layout.library == "torch":
+        return owner.new_empty(shape, dtype=getattr(sys.modules["torch"], dtype))
+    if layout.device_type == "cpu":
+        return np.empty(shape, numpy_dtype(dtype))
+    import cupy
+
+    with cupy.cuda.Device(layout.device):
+        return cupy.empty(shape, numpy_dtype(dtype))
+
+
+def current_stream(layout: Layout) -> int:
+    """The CUstream that the library of an array works on now, on the array's device."""
+    if layout.library == "torch":
+        return _torch_stream()(layout.device)
+    import cupy
+
+    return int(cupy.cuda.get_current_stream(layout.device).ptr)
+
+
+def as_numpy(array: Array) -> np.ndarray[Any, Any]:
+    """An array on the CPU as a NumPy array that shares its memory; bf16 as ml_dtypes.bfloat16."""
+    if array.layout.library != "torch":
+        return array.owner  # type: ignore[no-any-return]
+    tensor = array.owner.detach()
+    if array.layout.dtype == "bfloat16":  # which torch does not hand to NumPy
+        return tensor.view(sys.modules["torch"].int16).numpy().view(BFLOAT16)  # type: ignore[no-any-return]
+    return tensor.numpy()  # type: ignore[no-any-return]
+
+
+def to_host(array: Array) -> np.ndarray[Any, Any]:
+    """The values of an array as NumPy; from the GPU they are copied, after the work on its current stream."""
+    if array.layout.device_type == "cpu":
+        return as_numpy(array)
+    if array.layout.library == "torch":
+        return as_numpy(describe(array.owner.cpu(), "array"))
+    with array.owner.device:
+        return array.owner.get()  # type: ignore[no-any-return]
+
+
+def numpy_dtype(dtype: str) -> np.dtype[Any]:
+    """The NumPy dtype of a Layout's dtype."""
+    return BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
+
+
+def remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
+    """Add to a cache, which is emptied first when it has MAX_REMEMBERED entries."""
+    if len(cache) >= MAX_REMEMBERED:
+        cache.clear()
+    cache[key] = value
+
+
+def _reader_of(kind: type, name: str) -> Callable[[Any, str], Array]:
+    if issubclass(kind, np.ndarray):
+        return _read_numpy
+    for library, array_type, reader in (("torch", "Tensor", _read_torch), ("cupy", "ndarray", _read_cupy)):
+        module = sys.modules.get(library)
+        if module is not None and issubclass(kind, getattr(module, array_type)):
+            return reader
+    if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__"):
+        return _read_dlpack
+    raise ArgumentTypeError(name, _type_name(kind), "an array of torch, CuPy, NumPy or another DLPack producer")
+
+
+def _read_torch(x: Any, name: str) -> Array:
+    try:
+        key = (x.shape, x.stride(), x.dtype, x.get_device() if x.is_cuda else x.device)
+        pointer = x.data_ptr()
+    except RuntimeError as error:  # sparse tensors have no strides, tensors that are being traced no address
+        raise ArgumentTypeError(name, f"{_type_name(type(x))} ({error})", "a dense tensor with memory") from error
+    layout = _layouts.get(key)
+    if layout is None:
+        device, dtype = x.device, str(x.dtype).removeprefix("torch.")
+        layout = Layout("torch", dtype, device.type, device.index or 0, tuple(x.shape), x.stride())
+        remember(_layouts, key, layout)
+    return Array(layout, pointer, x)
+
+
+def _read_cupy(x: Any, name: str, library: str = "cupy") -> Array:
+    memory = x.data
+    return Array(_strided_layout(x, name, library, "cuda", memory.device_id), memory.ptr, x)
+
+
+def _read_numpy(x: Any, name: str, library: str = "numpy") -> Array:
+    return Array(_strided_layout(x, name, library, "cpu", 0), x.ctypes.data, x)
+
+
+def _strided_layout(x: Any, name: str, library: str, device_type: str, device: int) -> Layout:
+    """The layout of a NumPy or CuPy array, whose strides are in bytes."""
+    key = (x.shape, x.strides, x.dtype, library, device_type, device)
+    layout = _layouts.get(key)
+    if layout is None:
+        size = x.dtype.itemsize
+        if size == 0 or any(stride % size for stride in x.strides):
+            raise ArgumentError(name, f"byte strides {x.strides}", f"multiples of the {size} bytes of an element")
+        strides = tuple(stride // size for stride in x.strides)
+        layout = Layout(library, str(x.dtype), device_type, device, x.shape, strides)
+        remember(_layouts, key, layout)
+    return layout
+
+
+def _read_dlpack(x: Any, name: str) -> Array:
+    device_type = _DLPACK_DEVICES.get(int(x.__dlpack_device__()[0]))
+    if device_type is None:
+        raise ArgumentError(name, f"DLPack device {x.__dlpack_device__()}", "memory of the CPU or a CUDA device")
+    try:
+        if device_type == "cpu":
+            return _read_numpy(np.from_dlpack(x), name, "dlpack")
+        import cupy
+
+        return _read_cupy(cupy.from_dlpack(x), name, "dlpack")
+    except (BufferError, TypeError) as error:
+        raise ArgumentTypeError(name, f"{_type_name(type(x))} ({error})", "a dtype that DLPack hands over") from error
+
+
+@functools.cache
+def _torch_stream() -> Callable[[int], int]:
+    """torch's raw stream of a device: its private getter where there is one, at a fiftieth of the public one's cost."""
+    torch: Any = sys.modules["torch"]
+    private = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return private or (lambda device: torch.cuda.current_stream(device).cuda_stream)
+
+
+def _type_name(kind: type) -> str:
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
