@@ -67,7 +67,7 @@ struct Params {
     const u16* q_latent;
     const u16* q_rope;
     u16* out;
-    float* lse;
+    float* lse;  // or null
     const int* block_table;
     const int* cache_seqlens;
     float4* partials;        // [slot][block of 64 dims][warp][column group][lane of the warp]
@@ -583,7 +583,7 @@ __device__ __forceinline__ void store_outputs(const Params& p, int request, cons
 __device__ __forceinline__ void store_lse(const Params& p, int request, const RowTile& rows, int n, float reference,
                                           float sum) {
     constexpr float LN_2 = 0.6931471805599453f;
-    if (n < rows.count) {
+    if (n < rows.count && p.lse) {
         const int row = rows.first + n;
         p.lse[request * p.lse_strides[0] + row % p.heads * p.lse_strides[1] + row / p.heads * p.lse_strides[2]] =
             sum > 0.0f ? (reference + log2_approx(sum)) * LN_2 : sum == 0.0f ? NEG_INF : sum;

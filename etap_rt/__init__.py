@@ -1,0 +1,33 @@
+"""Transposed multi-head latent attention (MLA) decoding on Hopper GPUs, compiled at run time.
+
+The main entry is `mla_decode`; `PagedKVCache` keeps the pages it reads. Importing this package needs neither a
+GPU nor torch nor CuPy: what a call needs is imported by the call.
+"""
+
+from __future__ import annotations
+
+from etap_rt.arguments import check_inputs
+from etap_rt.decode import mla_decode
+from etap_rt.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    CompileError,
+    EtapError,
+    OutOfPagesError,
+    SequenceError,
+    UnsupportedError,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "CompileError",
+    "EtapError",
+    "OutOfPagesError",
+    "SequenceError",
+    "UnsupportedError",
+    "check_inputs",
+    "mla_decode",
+]

@@ -1,0 +1,387 @@
+"""From a kernel spec to a function on the GPU: CUDA source -> NVRTC -> cubin -> disk cache -> loaded module.
+
+NVRTC needs neither a GPU nor a driver, so everything but `load` works on any machine.
+
+The disk cache is a flat directory. A kernel has two files in it, both written to a temporary name and renamed
+into place, so readers and racing writers only ever see whole files:
+
+    <key>.json               what was compiled, NVRTC's log and the name of the cubin, under a checksum
+    <entry>-<sha256>.cubin   the machine code, named by its own content
+
+The key covers everything that decides the machine code: the source with every header it includes, the
+options, the architecture and NVRTC's version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from etap_rt import driver
+from etap_rt.errors import CompileError, EtapError, UnsupportedError
+from etap_rt.kernels import KernelSpec
+
+if TYPE_CHECKING:
+    from importlib.abc import Traversable
+
+ARCH = "sm_90a"
+COMPUTE_CAPABILITY = (9, 0)
+OLDEST_NVRTC = (12, 3)
+CACHE_VARIABLE = "ETAP_RT_CACHE_DIR"
+_CACHE_FORMAT = 1  # part of every key: raise it when the files' layout or meaning changes
+
+_INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*["<]([^">\n]+)[">]', re.MULTILINE)
+_CACHE_FILE = re.compile(r"[0-9a-f]{64}\.json|\w+-[0-9a-f]{64}\.cubin|\.tmp-[0-9a-f]{16}")
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """Machine code of one kernel."""
+
+    spec: KernelSpec
+    arch: str
+    cubin: bytes = field(repr=False)
+    path: Path | None  # of the cubin in the disk cache, None when there is no place to keep it
+    log: str = field(repr=False)  # NVRTC's program log, with what ptxas reports
+    wgmma: tuple[tuple[str, int], ...]  # tensor core instructions in the PTX, by shape: (("m64n16k16", 68),)
+    seconds: float  # that NVRTC took, when it was compiled
+    from_cache: bool  # read from disk, not compiled by this process
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What ptxas says about a kernel. Sizes in bytes; spills, stack and shared memory are those of one thread or CTA."""
+
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    stack: int
+    shared: int  # static shared memory
+    serialized_wgmma: bool  # ptxas could not keep wgmma asynchronous
+    wgmma: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEntry:
+    """A kernel in the disk cache."""
+
+    spec: str
+    arch: str
+    path: Path  # of the cubin
+    size_bytes: int
+    seconds: float  # that NVRTC took
+
+
+_compiled: dict[str, Compiled] = {}  # by key
+_compiling: dict[str, threading.Lock] = {}  # by key
+_loaded: dict[tuple[KernelSpec, int], driver.Kernel] = {}
+_loading = threading.Lock()
+_warned = False
+
+
+def load(spec: KernelSpec, device: int) -> driver.Kernel:
+    """The kernel on CUDA device `device`, compiled and loaded by the first call.
+
+    Raises UnsupportedError when the GPU is not a Hopper, CompileError when the source is refused.
+    """
+    kernel = _loaded.get((spec, device))
+    if kernel is None:
+        with _loading:
+            kernel = _loaded.get((spec, device))
+            if kernel is None:
+                _require_hopper(device)
+                kernel = driver.load_kernel(compile_spec(spec).cubin, spec.entry, device)
+                _loaded[spec, device] = kernel
+    return kernel
+
+
+def compile_spec(spec: KernelSpec, arch: str = ARCH) -> Compiled:
+    """Machine code for `spec`: from memory, else from the disk cache, else from NVRTC.
+
+    Raises CompileError with NVRTC's log, or UnsupportedError when NVRTC is missing or too old.
+    """
+    nvrtc = _nvrtc()
+    source, headers = _read_sources(source_directory(), spec.source)
+    options = _options(spec, arch)
+    key = _key(spec, options, nvrtc.getVersion(), source, headers)
+    with _compiling.setdefault(key, threading.Lock()):
+        compiled = _compiled.get(key)
+        if compiled is None:
+            compiled = _read_entry(key, spec, arch)
+        if compiled is None:
+            compiled = _write_entry(key, _compile(nvrtc, spec, arch, options, source, headers))
+        _compiled[key] = compiled
+    return compiled
+
+
+def build_report(compiled: Compiled) -> Report:
+    """What ptxas wrote about the kernel in the log."""
+    _, _, log = compiled.log.partition(f"Compiling entry function '{compiled.spec.entry}'")
+    log, _, _ = log.partition("Compiling entry function")
+    registers = re.search(r"Used (\d+) registers", log)
+    frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    shared = re.search(r"(\d+) bytes smem", log)
+    if registers is None or frame is None:
+        raise EtapError(f"no report on {compiled.spec} in the compiler's log:\n{compiled.log}")
+    stack, spill_stores, spill_loads = map(int, frame.groups())
+    return Report(
+        registers=int(registers[1]),
+        spill_stores=spill_stores,
+        spill_loads=spill_loads,
+        stack=stack,
+        shared=int(shared[1]) if shared else 0,
+        serialized_wgmma="wgmma.mma_async instructions are serialized" in compiled.log,
+        wgmma=compiled.wgmma,
+    )
+
+
+def source_directory() -> Traversable:
+    """Where the CUDA sources are: inside of the installed package, or beside the package in a checkout."""
+    package = resources.files("etap_rt")
+    installed = package / "cuda_src"
+    return installed if installed.is_dir() else Path(str(package)).parent / "cuda_src"
+
+
+def nvrtc_version() -> tuple[int, int]:
+    """(major, minor) of the NVRTC in use. Raises UnsupportedError when there is none, or it is too old."""
+    major, minor = _nvrtc().getVersion()
+    return major, minor
+
+
+def cache_directory() -> Path | None:
+    """Where compiled kernels are kept: ETAP_RT_CACHE_DIR if set, else in the user's cache directory.
+
+    It need not exist yet. None when the user has no such directory (no home, for one).
+    """
+    configured = os.environ.get(CACHE_VARIABLE)
+    if configured:
+        return Path(configured).expanduser().absolute()
+    import platformdirs
+
+    directory = platformdirs.user_cache_path("etap_rt", appauthor=False)
+    return directory if directory.is_absolute() else None
+
+
+def cache_entries() -> list[CacheEntry]:
+    """The kernels in the disk cache that are whole, sorted by name."""
+    entries = []
+    for path in _cache_files():
+        record = _read_record(path) if path.suffix == ".json" else None
+        cubin = _read_cubin(path.parent, record) if record else None
+        if record and cubin is not None:
+            entries.append(
+                CacheEntry(record["spec"], record["arch"], path.parent / record["cubin"], len(cubin), record["seconds"])
+            )
+    return sorted(entries, key=lambda entry: (entry.spec, entry.arch, entry.path.name))
+
+
+def clear_cache() -> int:
+    """Delete every file of the disk cache, broken ones included and others left alone. Returns how many."""
+    files = list(_cache_files())
+    for path in files:
+        path.unlink(missing_ok=True)
+    return len(files)
+
+
+def _require_hopper(device: int) -> None:
+    major, minor = driver.compute_capability(device)
+    if (major, minor) != COMPUTE_CAPABILITY:
+        raise UnsupportedError(
+            f"CUDA device {device}, {driver.device_name(device)}, has compute capability {major}.{minor}",
+            "a Hopper GPU (compute capability 9.0), such as H100, H200, H20, H800 or GH200",
+        )
+
+
+def _nvrtc() -> Any:
+    """CuPy's binding of NVRTC."""
+    needed = "CuPy and NVRTC, from pip install 'etap-rt[cuda13]' or 'etap-rt[cuda12]'"
+    try:
+        from cupy.cuda import nvrtc
+
+        version = nvrtc.getVersion()
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UnsupportedError(f"kernels cannot be compiled here ({error})", needed) from error
+    if version < OLDEST_NVRTC:
+        raise UnsupportedError(
+            f"NVRTC {'.'.join(map(str, version))} cannot compile the kernels", f"NVRTC 12.3 or newer: {needed}"
+        )
+    return nvrtc
+
+
+def _options(spec: KernelSpec, arch: str) -> tuple[str, ...]:
+    """What NVRTC is told. Line numbers for profilers change nothing in the machine code."""
+    defines = (f"-D{name}={value}" for name, value in spec.defines)
+    return (f"-arch={arch}", "-std=c++17", "-default-device", "-lineinfo", "--ptxas-options=-v", *defines)
+
+
+def _read_sources(directory: Traversable, name: str) -> tuple[bytes, dict[str, bytes]]:
+    """A source file, and every header it includes, directly or not, by the name in the #include.
+
+    NVRTC gets them from memory, so that the package may lie in a zip file. It knows a header by the name in the
+    #include alone; as for a compiler, that is relative to the including file or else to `directory`. Headers
+    that are not there are left for NVRTC to know or to complain about.
+    """
+    source = (directory / name).read_bytes()
+    headers: dict[str, bytes] = {}
+    places: dict[str, str] = {}
+    pending = [(name, source)]
+    while pending:
+        including, text = pending.pop()
+        folder = including.rpartition("/")[0]
+        for include in (match.decode() for match in _INCLUDE.findall(text)):
+            beside = f"{folder}/{include}" if folder else include
+            place = next((p for p in (beside, include) if (directory / p).is_file()), None)
+            if place is None:
+                continue
+            if places.setdefault(include, place) != place:
+                raise EtapError(f'#include "{include}" means both {places[include]} and {place}; rename one')
+            if include not in headers:
+                headers[include] = (directory / place).read_bytes()
+                pending.append((place, headers[include]))
+    return source, headers
+
+
+def _key(
+    spec: KernelSpec, options: tuple[str, ...], version: tuple[int, int], source: bytes, headers: dict[str, bytes]
+) -> str:
+    """The cache key. Lengths go in before contents, so that no two inputs run together to the same bytes."""
+    parts = [repr((_CACHE_FORMAT, spec.source, spec.entry, options, tuple(version))).encode(), source]
+    for include, text in sorted(headers.items()):
+        parts += [include.encode(), text]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+def _compile(
+    nvrtc: Any, spec: KernelSpec, arch: str, options: tuple[str, ...], source: bytes, headers: dict[str, bytes]
+) -> Compiled:
+    start = time.perf_counter()
+    program = nvrtc.createProgram(
+        source.decode(), spec.source, tuple(headers.values()), tuple(include.encode() for include in headers)
+    )
+    try:
+        try:
+            nvrtc.compileProgram(program, options)
+        except nvrtc.NVRTCError as error:
+            raise CompileError(spec, options, nvrtc.getProgramLog(program) or str(error)) from error
+        cubin, ptx, log = nvrtc.getCUBIN(program), nvrtc.getPTX(program), nvrtc.getProgramLog(program)
+    finally:
+        nvrtc.destroyProgram(program)
+    seconds = round(time.perf_counter() - start, 3)
+    return Compiled(spec, arch, cubin, None, log, _count_wgmma(ptx), seconds, from_cache=False)
+
+
+def _count_wgmma(ptx: str) -> tuple[tuple[str, int], ...]:
+    counts = Counter(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(m\d+n\d+k\d+)", ptx))
+    return tuple(sorted(counts.items()))
+
+
+def _read_entry(key: str, spec: KernelSpec, arch: str) -> Compiled | None:
+    """The kernel from disk; None when it is not there, cut off or changed since it was written."""
+    directory = cache_directory()
+    record = _read_record(directory / f"{key}.json") if directory else None
+    cubin = _read_cubin(directory, record) if directory and record else None
+    if directory is None or record is None or cubin is None:
+        return None
+    wgmma = tuple((shape, count) for shape, count in record["wgmma"])
+    path = directory / record["cubin"]
+    return Compiled(spec, arch, cubin, path, record["log"], wgmma, record["seconds"], from_cache=True)
+
+
+def _write_entry(key: str, compiled: Compiled) -> Compiled:
+    """Keep the kernel on disk and return it with its path; without one, and a warning, when that fails."""
+    directory = cache_directory()
+    if directory is None:
+        _warn_once("there is no user cache directory")
+        return compiled
+    sha256 = hashlib.sha256(compiled.cubin).hexdigest()
+    name = f"{compiled.spec.entry}-{sha256}.cubin"
+    record = {
+        "spec": str(compiled.spec),
+        "arch": compiled.arch,
+        "cubin": name,
+        "sha256": sha256,
+        "wgmma": compiled.wgmma,
+        "seconds": compiled.seconds,
+        "log": compiled.log,
+    }
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _write_file(directory / name, compiled.cubin)
+        _write_file(directory / f"{key}.json", json.dumps({"checksum": _checksum(record), "record": record}).encode())
+    except OSError as error:
+        _warn_once(str(error))
+        return compiled
+    return Compiled(
+        compiled.spec,
+        compiled.arch,
+        compiled.cubin,
+        directory / name,
+        compiled.log,
+        compiled.wgmma,
+        compiled.seconds,
+        from_cache=False,
+    )
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_bytes())
+        record: dict[str, Any] = content["record"]
+        return record if content["checksum"] == _checksum(record) else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _read_cubin(directory: Path, record: dict[str, Any]) -> bytes | None:
+    try:
+        cubin = (directory / record["cubin"]).read_bytes()
+    except OSError:
+        return None
+    return cubin if hashlib.sha256(cubin).hexdigest() == record["sha256"] else None
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _cache_files() -> Iterator[Path]:
+    directory = cache_directory()
+    if directory and directory.is_dir():
+        yield from (path for path in directory.iterdir() if _CACHE_FILE.fullmatch(path.name))
+
+
+def _warn_once(reason: str) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"compiled kernels cannot be kept on disk ({reason}), so each process compiles them anew; "
+            f"set {CACHE_VARIABLE} to a directory that can be written",
+            RuntimeWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,332 @@
+"""The few calls of the CUDA driver that etap_rt needs, through ctypes.
+
+libcuda is opened by the first call, not at import. All work happens in the device's primary context, the one
+that torch and CuPy use.
+
+The functions on the hot path have no `argtypes` on purpose: ctypes then passes Python ints as C ints and
+`c_void_p` objects as pointers, which halves the host time of a launch. So every pointer, handle and stream
+that goes into one of them must be wrapped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p
+from typing import Any, Literal
+
+from etap_rt.errors import EtapError, UnsupportedError
+
+TENSOR_MAP_BYTES = 128
+TENSOR_MAP_ALIGNMENT = 64  # of the buffer that cuTensorMapEncodeTiled writes, and of the kernel parameter
+
+# Values of enums in cuda.h.
+_CUDA_ERROR_INVALID_CONTEXT = 201
+_CUDA_ERROR_NO_BINARY_FOR_GPU = 209
+_CUDA_ERROR_UNSUPPORTED_PTX_VERSION = 222
+_CUDA_ERROR_INVALID_HANDLE = 400
+_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16
+_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75
+_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76
+_STREAM_CAPTURE_MODE_RELAXED = 2
+_STREAM_NON_BLOCKING = 1
+_TENSOR_MAP_DATA_TYPE = {"float16": 6, "bfloat16": 9}
+_TENSOR_MAP_INTERLEAVE_NONE = 0
+_TENSOR_MAP_SWIZZLE_NONE = 0
+_TENSOR_MAP_SWIZZLE_128B = 3
+_TENSOR_MAP_L2_PROMOTION_256B = 3
+_TENSOR_MAP_OOB_FILL_NONE = 0
+
+_FUNCTIONS = (
+    "cuInit",
+    "cuDriverGetVersion",
+    "cuGetErrorName",
+    "cuGetErrorString",
+    "cuDeviceGet",
+    "cuDeviceGetCount",
+    "cuDeviceGetName",
+    "cuDeviceGetAttribute",
+    "cuDevicePrimaryCtxRetain",
+    "cuCtxPushCurrent_v2",
+    "cuCtxPopCurrent_v2",
+    "cuModuleLoadData",
+    "cuModuleGetFunction",
+    "cuFuncSetAttribute",
+    "cuLaunchKernel",
+    "cuStreamGetCaptureInfo_v2",
+    "cuThreadExchangeStreamCaptureMode",
+    "cuTensorMapEncodeTiled",
+    "cuMemAlloc_v2",
+    "cuMemsetD8Async",
+    "cuStreamCreate",
+    "cuStreamSynchronize",
+    "cuStreamDestroy_v2",
+)
+
+_CaptureInfo = c_uint64 * 2  # the capture status (an int, in the low half of the first word), the capture's id
+
+
+class Kernel:
+    """A function of a loaded module on one device. `handle` is its CUfunction."""
+
+    __slots__ = ("_function", "_launch", "_shared_limit", "device", "handle", "name")
+
+    def __init__(self, name: str, handle: int, device: int) -> None:
+        self.name = name
+        self.handle = handle
+        self.device = device
+        self._function = c_void_p(handle)
+        self._launch = _libcuda().cuLaunchKernel
+        self._shared_limit = 0
+
+    def __repr__(self) -> str:
+        return f"<Kernel {self.name} on CUDA device {self.device}>"
+
+    def launch(self, grid: int, block: int, shared_bytes: int, stream: int, params_address: int) -> None:
+        """Launch `grid` CTAs of `block` threads with `shared_bytes` of dynamic shared memory on `stream`.
+
+        `stream` is a CUstream, 0 for the legacy default stream. The kernel has one parameter, passed by value:
+        it is read from the host address `params_address` before this returns.
+        """
+        if shared_bytes > self._shared_limit:
+            self._allow_shared(shared_bytes)
+        parameters = byref(c_void_p(params_address))
+        arguments = (self._function, grid, 1, 1, block, 1, 1, shared_bytes, c_void_p(stream), parameters, None)
+        status = self._launch(*arguments)
+        if status:
+            self._launch_again(status, arguments)
+
+    def _allow_shared(self, shared_bytes: int) -> None:
+        """Raise the function's limit of dynamic shared memory, 48 KiB unless asked."""
+        with _primary_context(self.device):
+            status = _libcuda().cuFuncSetAttribute(
+                self._function, _FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes
+            )
+        _check(status, "cuFuncSetAttribute", f"{shared_bytes} bytes of shared memory for {self.name}")
+        self._shared_limit = shared_bytes
+
+    def _launch_again(self, status: int, arguments: tuple[Any, ...]) -> None:
+        """After a failed launch: once more with the device's context current, if it was not, else raise.
+
+        A thread that made no CUDA call yet has no context, and one that works on another GPU has that GPU's.
+        Finding out before each launch would cost as much as the launch.
+        """
+        if status in (_CUDA_ERROR_INVALID_CONTEXT, _CUDA_ERROR_INVALID_HANDLE):
+            with _primary_context(self.device):
+                status = self._launch(*arguments)
+        _, grid, _, _, block, _, _, shared_bytes, *_ = arguments
+        _check(status, "cuLaunchKernel", f"{self!r}, {grid} CTAs of {block} threads, {shared_bytes} bytes shared")
+
+
+def load_kernel(cubin: bytes, entry: str, device: int) -> Kernel:
+    """Load a cubin on `device` and return its function `entry`. The module stays loaded for good.
+
+    May be called while a stream is being captured.
+    """
+    lib = _libcuda()
+    module, function = c_void_p(), c_void_p()
+    with _primary_context(device), _relaxed_capture():
+        status = lib.cuModuleLoadData(byref(module), c_char_p(cubin))
+        if status in (_CUDA_ERROR_NO_BINARY_FOR_GPU, _CUDA_ERROR_UNSUPPORTED_PTX_VERSION):
+            raise UnsupportedError(
+                f"the driver cannot load {entry} ({_error_name(status)})",
+                f"a driver at least as new as the compiler; this one is for CUDA {format_version(driver_version())}",
+            )
+        _check(status, "cuModuleLoadData", entry)
+        _check(lib.cuModuleGetFunction(byref(function), module, c_char_p(entry.encode())), "cuModuleGetFunction", entry)
+    assert function.value is not None
+    return Kernel(entry, function.value, device)
+
+
+def capturing(stream: int) -> int:
+    """The id of the capture that `stream` is part of, 0 when it is not being captured."""
+    info = _CaptureInfo()
+    status = _libcuda().cuStreamGetCaptureInfo_v2(c_void_p(stream), info, byref(info, 8), None, None, None)
+    if status:
+        _check(status, "cuStreamGetCaptureInfo", f"stream {stream:#x}")
+    return info[1] if info[0] else 0
+
+
+def allocate_zeroed(device: int, size: int) -> int:
+    """The address of `size` new bytes on the device, all zero; never freed. Waits for the GPU, but not for other work.
+
+    May be called while a stream is being captured.
+    """
+    lib = _libcuda()
+    memory, stream = c_uint64(), c_void_p()
+    with _primary_context(device), _relaxed_capture():
+        _check(lib.cuMemAlloc_v2(byref(memory), c_size_t(size)), "cuMemAlloc", f"{size} bytes on CUDA device {device}")
+        _check(lib.cuStreamCreate(byref(stream), _STREAM_NON_BLOCKING), "cuStreamCreate")
+        status = lib.cuMemsetD8Async(memory, 0, c_size_t(size), stream) or lib.cuStreamSynchronize(stream)
+        lib.cuStreamDestroy_v2(stream)
+        _check(status, "cuMemsetD8Async", f"{size} bytes")
+    return memory.value
+
+
+def encode_tensor_map(
+    element_type: Literal["bfloat16", "float16"],
+    address: int,
+    dims: tuple[int, ...],
+    strides_bytes: tuple[int, ...],
+    box: tuple[int, ...],
+    swizzle_128: bool = True,
+) -> bytes:
+    """The 128 bytes of a tensor map over global memory at `address` (a multiple of 16).
+
+    dims           elements in each dimension, the contiguous one first
+    strides_bytes  of dims[1:], multiples of 16
+    box            elements in each dimension that one copy brings
+    swizzle_128    lay rows of 128 bytes out with the 128-byte swizzle, else plainly
+
+    Elements outside of dims arrive as zeros. Raises EtapError when the driver refuses the numbers.
+    """
+    rank = len(dims)
+    if len(strides_bytes) != rank - 1 or len(box) != rank:
+        raise ValueError(f"{rank} dims need {rank - 1} strides and {rank} box sizes, got {strides_bytes} and {box}")
+    buffer = ctypes.create_string_buffer(TENSOR_MAP_BYTES + TENSOR_MAP_ALIGNMENT)
+    offset = -ctypes.addressof(buffer) % TENSOR_MAP_ALIGNMENT
+    status = _libcuda().cuTensorMapEncodeTiled(
+        byref(buffer, offset),
+        _TENSOR_MAP_DATA_TYPE[element_type],
+        rank,
+        c_void_p(address),
+        (c_uint64 * rank)(*dims),
+        (c_uint64 * rank)(*strides_bytes),
+        (c_uint32 * rank)(*box),
+        (c_uint32 * rank)(*[1] * rank),
+        _TENSOR_MAP_INTERLEAVE_NONE,
+        _TENSOR_MAP_SWIZZLE_128B if swizzle_128 else _TENSOR_MAP_SWIZZLE_NONE,
+        _TENSOR_MAP_L2_PROMOTION_256B,
+        _TENSOR_MAP_OOB_FILL_NONE,
+    )
+    _check(
+        status,
+        "cuTensorMapEncodeTiled",
+        f"{element_type} at {address:#x}, dims {dims}, strides {strides_bytes} bytes, box {box}",
+    )
+    return buffer.raw[offset : offset + TENSOR_MAP_BYTES]
+
+
+def driver_version() -> int:
+    """The newest CUDA version that the driver supports, as 1000 * major + 10 * minor."""
+    version = c_int()
+    _check(_libcuda().cuDriverGetVersion(byref(version)), "cuDriverGetVersion")
+    return version.value
+
+
+def format_version(version: int) -> str:
+    """A CUDA version number as people write it: 12040 is "12.4"."""
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def device_count() -> int:
+    """GPUs that this process may use."""
+    count = c_int()
+    _check(_libcuda().cuDeviceGetCount(byref(count)), "cuDeviceGetCount")
+    return count.value
+
+
+def device_name(device: int) -> str:
+    """What the GPU is called, such as "NVIDIA H200"."""
+    name = ctypes.create_string_buffer(256)
+    _check(_libcuda().cuDeviceGetName(name, len(name), _device(device)), "cuDeviceGetName")
+    return name.value.decode(errors="replace")
+
+
+@functools.cache
+def sm_count(device: int) -> int:
+    """Multiprocessors of the GPU."""
+    return _device_attribute(device, _DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+
+
+@functools.cache
+def compute_capability(device: int) -> tuple[int, int]:
+    """(major, minor); Hopper is (9, 0)."""
+    return (
+        _device_attribute(device, _DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
+        _device_attribute(device, _DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
+    )
+
+
+def _open_library() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise UnsupportedError(f"the CUDA driver cannot be opened ({error})", "a GPU with the NVIDIA driver") from error
+
+
+@functools.cache
+def _libcuda() -> ctypes.CDLL:
+    """libcuda, opened and initialised by the first call. A failure is not remembered, so one may try again."""
+    lib = _open_library()
+    missing = [name for name in _FUNCTIONS if not hasattr(lib, name)]
+    if missing:
+        raise UnsupportedError(f"the CUDA driver has no {missing[0]}", "a driver for CUDA 12.0 or newer")
+    status = lib.cuInit(c_uint(0))
+    if status:
+        raise UnsupportedError(f"the CUDA driver does not start: {_describe(lib, status)}", "a working NVIDIA GPU")
+    return lib
+
+
+def _device(ordinal: int) -> c_int:
+    device = c_int()
+    _check(_libcuda().cuDeviceGet(byref(device), ordinal), "cuDeviceGet", f"CUDA device {ordinal}")
+    return device
+
+
+def _device_attribute(device: int, attribute: int) -> int:
+    value = c_int()
+    _check(_libcuda().cuDeviceGetAttribute(byref(value), attribute, _device(device)), "cuDeviceGetAttribute")
+    return value.value
+
+
+@functools.cache
+def _retained_context(device: int) -> c_void_p:
+    """The device's primary context, created if nobody did, and kept until the process ends."""
+    context = c_void_p()
+    status = _libcuda().cuDevicePrimaryCtxRetain(byref(context), _device(device))
+    _check(status, "cuDevicePrimaryCtxRetain", f"CUDA device {device}")
+    return context
+
+
+@contextmanager
+def _primary_context(device: int) -> Iterator[None]:
+    """Within, the primary context of `device` is current; after, what was before."""
+    lib = _libcuda()
+    _check(lib.cuCtxPushCurrent_v2(_retained_context(device)), "cuCtxPushCurrent")
+    try:
+        yield
+    finally:
+        lib.cuCtxPopCurrent_v2(byref(c_void_p()))
+
+
+@contextmanager
+def _relaxed_capture() -> Iterator[None]:
+    """Within, calls that are unsafe to capture, such as loading a module, do not end a capture under way."""
+    lib = _libcuda()
+    mode = c_int(_STREAM_CAPTURE_MODE_RELAXED)
+    _check(lib.cuThreadExchangeStreamCaptureMode(byref(mode)), "cuThreadExchangeStreamCaptureMode")
+    try:
+        yield
+    finally:
+        lib.cuThreadExchangeStreamCaptureMode(byref(mode))
+
+
+def _error_name(status: int) -> str:
+    return _describe(_libcuda(), status).partition(":")[0]
+
+
+def _describe(lib: ctypes.CDLL, status: int) -> str:
+    """CUDA's name of an error and its sentence."""
+    name, text = c_char_p(), c_char_p()
+    if lib.cuGetErrorName(status, byref(name)) or lib.cuGetErrorString(status, byref(text)):
+        return f"CUDA error {status}"
+    return f"{(name.value or b'').decode()}: {(text.value or b'').decode()}"
+
+
+def _check(status: int, call: str, about: str = "") -> None:
+    if status:
+        raise EtapError(f"{call} failed: {_describe(_libcuda(), status)}" + (f" ({about})" if about else ""))
