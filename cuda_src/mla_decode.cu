@@ -21,6 +21,7 @@
 // A unit whose tiles are divided over several lanes leaves partial results in the workspace; the lanes that shared it
 // meet at a counter and merge it together, each a fixed part, in the order of the lanes.
 
+#include "hopper/async_copy.cuh"
 #include "hopper/matrix.cuh"
 #include "hopper/mbarrier.cuh"
 #include "hopper/sync.cuh"
@@ -55,10 +56,11 @@ constexpr float LAZY_LOG2 = 8.0f;
 #define NEG_INF (-__int_as_float(0x7f800000))
 
 struct Statistics {
-    float warp_max[4][ROWS];  // while a tile's column maxima are taken
-    float reference[ROWS];    // log2 domain; P^T = 2^(x - reference)
-    float factor[2][ROWS];    // of the last rescaling of each warpgroup
-    int rescale[2];
+    float4 warp_max[ROWS];     // of the four warps of a warpgroup, while it takes the maxima of a tile's columns
+    float reference[2][ROWS];  // log2 domain; P^T = 2^(x - reference). Even and odd tiles
+    float factor[2][ROWS];     // of the rescaling before an even, an odd tile
+    float inverse_sum[ROWS];   // at the end of a segment
+    int rescale[2];            // whether there is one
 };
 
 struct Params {
@@ -105,74 +107,64 @@ __device__ __forceinline__ int unit_tiles_of(int seqlen) {
     return seqlen <= TILE_KEYS ? 1 : int((unsigned(seqlen) + TILE_KEYS - 1) / TILE_KEYS);
 }
 
-// The lane of `lanes` that owns tile `tile` of `total`.
-__device__ __forceinline__ int lane_of(i64 tile, i64 total, int lanes) {
-    return int(((tile + 1) * lanes - 1) / total);
-}
+// The division of all tiles over the lanes: `base` each, the first `extra` lanes one more (schedule.py: divide).
+struct Division {
+    int total, lanes, base, extra;
 
-// Start of this lane's walk, found by the prologue.
-struct Start {
-    i64 total;       // key tiles of all units
-    i64 unit_begin;  // first tile of the first unit this lane touches
-    i64 warp_sums[CONSUMER_WARPS];
-    int request;
+    __device__ __forceinline__ Division(int total_, int lanes_)
+        : total(total_), lanes(min(total_, lanes_)), base(total / lanes), extra(total - base * lanes) {}
+    __device__ __forceinline__ int begin(int lane) const { return lane * base + min(lane, extra); }
+    __device__ __forceinline__ int lane_of(int tile) const {
+        const int wide = extra * (base + 1);
+        return tile < wide ? tile / (base + 1) : extra + (tile - wide) / base;
+    }
 };
 
-// A value that is the same in all threads of a warp, in a way the compiler can see.
-__device__ __forceinline__ int uniform(int value) { return __shfl_sync(~0u, value, 0); }
+// Where this lane starts, found by the prologue.
+struct Start {
+    int total;       // key tiles of all units
+    int unit_begin;  // first tile of the first pass over `request`
+    int request;
+    int seqlen;
+    int warp_sums[CONSUMER_WARPS];
+};
 
 // Walks over the segments of one lane. Producer and consumers each keep one.
 struct Walk {
-    i64 total, position, end;  // of the flattened tiles
-    i64 unit_begin;
-    int lane, lanes;
     int request, pass;
-
-    // The current segment.
     int seqlen;
-    int unit_tiles;
-    int tile_begin, tile_end;  // within the unit
+    int unit_begin, unit_tiles;  // of the segment's unit
+    int tile_begin, tile_end;    // of the segment, within the unit
+    int left;                    // tiles of the lane, this segment's included
 
-    __device__ __forceinline__ void begin(const Params& p, const Start& start, int lane_) {
-        total = start.total;
-        lanes = total < p.lanes ? int(total) : p.lanes;
-        lane = lane_;
-        position = lane < lanes ? total * lane / lanes : 0;
-        end = lane < lanes ? total * (lane + 1) / lanes : 0;
-        unit_begin = start.unit_begin;
+    __device__ __forceinline__ Walk(const Params& p, const Start& start, const Division& division, int lane) {
+        left = lane < division.lanes ? division.base + int(lane < division.extra) : 0;
         request = start.request;
-        pass = 0;
-        if (position < end) {
-            seqlen = seqlen_of(p, request);
-            unit_tiles = unit_tiles_of(seqlen);
-            pass = int((position - unit_begin) / unit_tiles);
-            unit_begin += i64(pass) * unit_tiles;
-            measure();
-        }
+        seqlen = start.seqlen;
+        unit_tiles = unit_tiles_of(seqlen);
+        const int offset = division.begin(lane) - start.unit_begin;
+        pass = p.passes == 1 ? 0 : offset / unit_tiles;
+        unit_begin = start.unit_begin + pass * unit_tiles;
+        tile_begin = offset - pass * unit_tiles;
+        tile_end = min(unit_tiles, tile_begin + left);
     }
-    __device__ __forceinline__ void measure() {
-        tile_begin = int(position - unit_begin);
-        const i64 rest = end - unit_begin;
-        tile_end = rest < unit_tiles ? int(rest) : unit_tiles;
-    }
-    __device__ __forceinline__ bool active() const { return position < end; }
+    __device__ __forceinline__ bool active() const { return left > 0; }
     __device__ __forceinline__ bool starts() const { return tile_begin == 0; }
     __device__ __forceinline__ bool ends() const { return tile_end == unit_tiles; }
     // Tiles of the segment that hold keys: a request without keys owns one tile that does not.
     __device__ __forceinline__ int key_tiles() const { return seqlen == 0 ? 0 : tile_end - tile_begin; }
-    __device__ __forceinline__ int first_lane() const { return lane_of(unit_begin, total, lanes); }
-    __device__ __forceinline__ int last_lane() const { return lane_of(unit_begin + unit_tiles - 1, total, lanes); }
 
     __device__ __forceinline__ void next(const Params& p) {
-        position = unit_begin + tile_end;
+        left -= tile_end - tile_begin;
+        if (left == 0) return;
         unit_begin += unit_tiles;
-        if (position >= end) return;
         if (++pass == p.passes) {
             pass = 0;
             seqlen = seqlen_of(p, ++request);
             unit_tiles = unit_tiles_of(seqlen);
         }
-        measure();
+        tile_begin = 0;
+        tile_end = min(unit_tiles, left);
     }
 };
 
@@ -180,12 +172,11 @@ struct Walk {
 struct SharedUnit {
     int request, pass;
     int first_lane, members;
-    u32 arrivals_before;  // the counter as this CTA found it when it left its partial result
 };
 
 constexpr int SHARED_LIMIT = 232448;
 constexpr int FIXED_BYTES = TILE_CHUNKS * Q_CHUNK_BYTES + 2 * P_BYTES + sizeof(Statistics) + sizeof(Start) +
-                            sizeof(Walk) + 2 * sizeof(SharedUnit) + 4 * 8;
+                            2 * sizeof(SharedUnit) + 5 * 8;
 constexpr int SLOTS = (SHARED_LIMIT - FIXED_BYTES) / (CHUNK_BYTES + 2 * 8);
 // Chunks of tile i + 2 that arrive even while tiles i and i + 1 are held.
 constexpr int EARLY_CHUNKS = SLOTS - 2 * TILE_CHUNKS < 0             ? 0
@@ -201,67 +192,84 @@ struct Shared {
     u64 chunk_empty[SLOTS];
     u64 p_full[2];
     Start start;
-    Walk walk;  // of the consumers, out of the way of their accumulators
     SharedUnit shared_units[2];
-    int verdict;  // of thread 0 over a shared unit, see meet_and_merge
+    u32 arrivals;  // of a shared unit, as thread 0 saw them last
     Statistics statistics;
 };
 static_assert(sizeof(Shared) <= SHARED_LIMIT, "shared memory of a CTA");
 
-// Chunks go round the ring in the order they are used; the n-th use of a slot flips the parity of its barriers.
-__device__ __forceinline__ int slot_of(u32 chunk) { return chunk % SLOTS; }
-__device__ __forceinline__ u32 parity_of(u32 chunk) { return (chunk / SLOTS) & 1; }
+// Chunks go round the ring in the order they are used; every time round flips the parity of a slot's barriers.
+struct Place {
+    int slot;
+    u32 parity;
+
+    __device__ __forceinline__ Place(u32 chunk) : slot(chunk % SLOTS), parity(chunk / SLOTS & 1) {}
+    __device__ __forceinline__ Place(int slot_, u32 parity_) : slot(slot_), parity(parity_) {}
+    __device__ __forceinline__ Place ahead(int chunks) const {
+        const bool wrap = slot + chunks >= SLOTS;
+        return {slot + chunks - (wrap ? SLOTS : 0), parity ^ u32(wrap)};
+    }
+};
 
 // ---------------------------------------------------------------------------------------------- prologue
 
-// Finds total and the unit where this lane starts: a scan over the lengths, a block of requests a thread.
-__device__ __forceinline__ void find_start(const Params& p, Shared& s, int lane) {
+// Finds the unit where this lane starts: a scan over the lengths, a block of requests a thread.
+__device__ __forceinline__ void find_start(const Params& p, Start& start, int lane) {
     const int t = threadIdx.x;
     const int each = (p.batch + CONSUMERS - 1) / CONSUMERS;
     const int begin = min(t * each, p.batch), end = min(begin + each, p.batch);
-    i64 own = 0;
+    int own = 0;
     if (t < CONSUMERS)
-        for (int r = begin; r < end; ++r) own += i64(unit_tiles_of(seqlen_of(p, r))) * p.passes;
-
-    i64 inclusive = own;
+        for (int r = begin; r < end; ++r) own += unit_tiles_of(seqlen_of(p, r)) * p.passes;
+    int inclusive = own;
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
-        const i64 below = __shfl_up_sync(~0u, inclusive, d);
+        const int below = __shfl_up_sync(~0u, inclusive, d);
         if (t % 32 >= d) inclusive += below;
     }
-    if (t < CONSUMERS && t % 32 == 31) s.start.warp_sums[t / 32] = inclusive;
+    if (t < CONSUMERS && t % 32 == 31) start.warp_sums[t / 32] = inclusive;
     __syncthreads();
     if (t < CONSUMERS) {
-        i64 total = 0, before = inclusive - own;
+        int total = 0, before = inclusive - own;
 #pragma unroll
         for (int w = 0; w < CONSUMER_WARPS; ++w) {
-            if (w < t / 32) before += s.start.warp_sums[w];
-            total += s.start.warp_sums[w];
+            if (w < t / 32) before += start.warp_sums[w];
+            total += start.warp_sums[w];
         }
-        const int lanes = total < p.lanes ? int(total) : p.lanes;
-        const i64 target = total * lane / lanes;
+        const Division division(total, p.lanes);
+        const int target = division.begin(lane);
         if (target >= before && target < before + own) {
-            int r = begin;
+            int r = begin, seqlen;
             for (;; ++r) {
-                const i64 tiles = i64(unit_tiles_of(seqlen_of(p, r))) * p.passes;
+                seqlen = seqlen_of(p, r);
+                const int tiles = unit_tiles_of(seqlen) * p.passes;
                 if (target < before + tiles) break;
                 before += tiles;
             }
-            s.start.request = r;
-            s.start.unit_begin = before;
+            start.request = r;
+            start.seqlen = seqlen;
+            start.unit_begin = before;
         }
-        if (t == 0) s.start.total = total;
+        if (t == 0) start.total = total;
     }
     __syncthreads();
+}
+
+// Most batches are even enough that the lane's share of the requests is also where it starts: have the table come closer
+// while the lengths are read.
+__device__ __forceinline__ void prefetch_table(const Params& p, int lane) {
+    const int* row = p.block_table + i64(lane * p.batch / p.lanes) * p.table_stride;
+    constexpr int LINE = 32;  // entries
+    for (int i = threadIdx.x % 32 * LINE; i < min(p.max_pages, 32 * LINE); i += 32 * LINE) prefetch_l2(row + i);
 }
 
 // ---------------------------------------------------------------------------------------------- producer
 
 __device__ __forceinline__ void produce(const Params& p, Shared& s, int lane) {
     const int l = threadIdx.x % 32;
-    u32 chunk = 0;
-    Walk walk;
-    for (walk.begin(p, s.start, lane); walk.active(); walk.next(p)) {
+    Place place(0, 0);
+    const Division division(s.start.total, p.lanes);
+    for (Walk walk(p, s.start, division, lane); walk.active(); walk.next(p)) {
         const int tiles = walk.key_tiles();
         const int* table = p.block_table + i64(walk.request) * p.table_stride;
         // Each thread of the warp holds the page of one of the next 32 tiles.
@@ -275,14 +283,14 @@ __device__ __forceinline__ void produce(const Params& p, Shared& s, int lane) {
                 const int token = (walk.tile_begin + group + i) % p.page_tiles * TILE_KEYS;
                 if (l == 0) {
 #pragma unroll
-                    for (int j = 0; j < TILE_CHUNKS; ++j, ++chunk) {
-                        const int slot = slot_of(chunk);
-                        const u32 full = shared_address(&s.chunk_full[slot]);
-                        mbarrier_wait(shared_address(&s.chunk_empty[slot]), parity_of(chunk) ^ 1);
+                    for (int j = 0; j < TILE_CHUNKS; ++j) {
+                        const u32 full = shared_address(&s.chunk_full[place.slot]);
+                        mbarrier_wait(shared_address(&s.chunk_empty[place.slot]), place.parity ^ 1);
                         mbarrier_arrive_expect(full, CHUNK_BYTES);
                         const bool rope = j < ROPE_CHUNKS;
-                        tma_load_3d(shared_address(s.ring[slot]), rope ? &p.rope_map : &p.latent_map, full,
+                        tma_load_3d(shared_address(s.ring[place.slot]), rope ? &p.rope_map : &p.latent_map, full,
                                     (rope ? j : j - ROPE_CHUNKS) * CHUNK_DIMS, token, page);
+                        place = place.ahead(1);
                     }
                 }
                 __syncwarp();
@@ -317,28 +325,36 @@ struct Consumer {
     // Column of element e of a column group that this thread holds.
     __device__ __forceinline__ int column(int group, int e) const { return group * 8 + lane % 4 * 2 + e % 2; }
 
-    __device__ __forceinline__ u32 chunk_of(int tile, int j) const { return chunk + u32(tile) * TILE_CHUNKS + j; }
+    // Where the chunks of a tile of this segment begin in the ring.
+    __device__ __forceinline__ Place place_of(int tile) const { return Place(chunk + u32(tile) * TILE_CHUNKS); }
 
-    __device__ __forceinline__ void release(u32 c) {
-        if (lane == 0) mbarrier_arrive(shared_address(&s.chunk_empty[slot_of(c)]));
+    // This warpgroup's b-th block of latent dims.
+    __device__ __forceinline__ int own_chunk(int b) const { return ROPE_CHUNKS + warpgroup * OWN_BLOCKS + b; }
+
+    __device__ __forceinline__ void release(const Place& place) {
+        if (lane == 0) mbarrier_arrive(shared_address(&s.chunk_empty[place.slot]));
     }
 
     __device__ __forceinline__ void release_own_blocks(int tile) {
+        const Place place = place_of(tile);
 #pragma unroll
-        for (int b = 0; b < OWN_BLOCKS; ++b)
-            release(chunk_of(tile, ROPE_CHUNKS + warpgroup * OWN_BLOCKS + b));
+        for (int b = 0; b < OWN_BLOCKS; ++b) release(place.ahead(own_chunk(b)));
+    }
+
+    __device__ __forceinline__ u64 slot_descriptor(int slot) const {
+        return operand_descriptor(shared_address(s.ring)) + u64(slot) * (CHUNK_BYTES >> 4);
     }
 
     // S^T += K Q^T for chunks [FROM, TO) of a tile, as they arrive.
     template <int FROM, int TO>
     __device__ __forceinline__ void issue_scores(int tile) {
+        const Place first = place_of(tile);
 #pragma unroll
         for (int j = FROM; j < TO; ++j) {
-            const u32 c = chunk_of(tile, j);
-            const int slot = slot_of(c);
-            mbarrier_wait(shared_address(&s.chunk_full[slot]), parity_of(c));
+            const Place place = first.ahead(j);
+            mbarrier_wait(shared_address(&s.chunk_full[place.slot]), place.parity);
             wgmma_fence();
-            const u64 k = operand_descriptor(shared_address(s.ring[slot]));
+            const u64 k = slot_descriptor(place.slot);
             const u64 q = operand_descriptor(shared_address(s.q[j]));
 #pragma unroll
             for (int step = 0; step < CHUNK_DIMS / 16; ++step)
@@ -348,17 +364,17 @@ struct Consumer {
     }
 
     // O^T += V^T P^T for this warpgroup's dims.
-    __device__ __forceinline__ void issue_output(int tile, bool accumulate) {
-        const u64 weights = operand_descriptor(shared_address(s.p[tile & 1]));
+    __device__ __forceinline__ void issue_output(int tile) {
+        const Place first = place_of(tile);
+        const u64 weights = operand_descriptor(shared_address(s.p) + u32(tile & 1) * P_BYTES);
         wgmma_fence();
 #pragma unroll
         for (int b = 0; b < OWN_BLOCKS; ++b) {
-            const int slot = slot_of(chunk_of(tile, ROPE_CHUNKS + warpgroup * OWN_BLOCKS + b));
-            const u64 v = operand_descriptor(shared_address(s.ring[slot]));
+            const u64 v = slot_descriptor(first.ahead(own_chunk(b)).slot);
 #pragma unroll
             for (int step = 0; step < TILE_KEYS / 16; ++step)
                 wgmma<ROWS, IS_BF16, true>(o[b], v + step * M_MAJOR_STEP, weights + step * K_MAJOR_STEP,
-                                           step > 0 || accumulate);
+                                           step > 0 || tile > 0);
         }
         wgmma_commit();
     }
@@ -368,32 +384,29 @@ struct Consumer {
         for (int b = 0; b < OWN_BLOCKS; ++b) pin(o[b]);
     }
 
-    // Follows the rescaling that warpgroup w has announced. No product may be running.
-    __device__ __forceinline__ void rescale(int w) {
+    // No product may be running.
+    __device__ __forceinline__ void scale_column(int group, int e, float factor) {
 #pragma unroll
-        for (int g = 0; g < COLUMN_GROUPS; ++g)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                const float factor = s.statistics.factor[w][column(g, e)];
-#pragma unroll
-                for (int b = 0; b < OWN_BLOCKS; ++b) {
-                    o[b][g * 4 + e] *= factor;
-                    o[b][g * 4 + e + 2] *= factor;
-                }
-                sums[g][e] *= factor;
-            }
+        for (int b = 0; b < OWN_BLOCKS; ++b) {
+            o[b][group * 4 + e] *= factor;
+            o[b][group * 4 + e + 2] *= factor;
+        }
+        sums[group][e] *= factor;
     }
 
-    // Waits for P^T of a tile; if the other warpgroup rescaled before it, follows. `started`: O^T holds something.
-    __device__ __forceinline__ void wait_weights(int tile, bool started) {
+    // Waits for P^T of a tile; if the other warpgroup rescaled before it, follows.
+    __device__ __forceinline__ void wait_weights(int tile) {
         const int w = tile & 1;
         mbarrier_wait(shared_address(&s.p_full[w]), p_phase >> w & 1);
         p_phase ^= 1u << w;
-        if (w != warpgroup && started && uniform(s.statistics.rescale[w])) {
+        if (w != warpgroup && tile > 0 && uniform(s.statistics.rescale[w])) {
             wgmma_wait<0>();
             pin_output();
             pin(x);
-            rescale(w);
+#pragma unroll
+            for (int g = 0; g < COLUMN_GROUPS; ++g)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) scale_column(g, e, s.statistics.factor[w][column(g, e)]);
         }
     }
 
@@ -401,7 +414,7 @@ struct Consumer {
     __device__ __forceinline__ void zero_values_past(int tile, int valid) {
         for (int i = threadIdx.x % WARPGROUP; i < OWN_BLOCKS * (TILE_KEYS - valid) * 8; i += WARPGROUP) {
             const int row = valid + i / 8 % (TILE_KEYS - valid), b = i / 8 / (TILE_KEYS - valid);
-            const int slot = slot_of(chunk_of(tile, ROPE_CHUNKS + warpgroup * OWN_BLOCKS + b));
+            const int slot = place_of(tile).ahead(own_chunk(b)).slot;
             reinterpret_cast<uint4*>(s.ring[slot])[row * 8 + i % 8] = make_uint4(0, 0, 0, 0);
         }
         fence_async_proxy();
@@ -409,9 +422,9 @@ struct Consumer {
     }
 
     // Takes the column maxima of the tile into the reference and rescales what has been accumulated.
-    __device__ __forceinline__ void move_reference(bool started) {
+    __device__ __forceinline__ void move_reference(int tile, float (&reference)[COLUMN_GROUPS][2]) {
         Statistics& st = s.statistics;
-        const int barrier = WARPGROUP_BARRIER + warpgroup, n = threadIdx.x % WARPGROUP;
+        float* warp_max = reinterpret_cast<float*>(st.warp_max);
 #pragma unroll
         for (int g = 0; g < COLUMN_GROUPS; ++g)
 #pragma unroll
@@ -419,19 +432,26 @@ struct Consumer {
                 float m = fmaxf(x[g * 4 + e], x[g * 4 + e + 2]);
 #pragma unroll
                 for (int d = 4; d < 32; d *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, d));
-                if (lane < 4) st.warp_max[warp][column(g, e)] = m;
+                if (lane < 4) warp_max[column(g, e) * 4 + warp] = m;
             }
-        named_barrier(barrier, WARPGROUP);
-        if (n < ROWS) {
-            const float old = started ? st.reference[n] : NEG_INF;
-            const float grown = fmaxf(fmaxf(fmaxf(st.warp_max[0][n], st.warp_max[1][n]),
-                                            fmaxf(st.warp_max[2][n], st.warp_max[3][n])), old);
-            st.reference[n] = grown;
-            st.factor[warpgroup][n] = grown == old ? 1.0f : exp2_approx(old - grown);
-        }
-        if (n == 0) st.rescale[warpgroup] = 1;
-        named_barrier(barrier, WARPGROUP);
-        if (started) rescale(warpgroup);
+        named_barrier(WARPGROUP_BARRIER + warpgroup, WARPGROUP);
+#pragma unroll
+        for (int g = 0; g < COLUMN_GROUPS; ++g)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const int n = column(g, e);
+                const float4 m = st.warp_max[n];
+                const float old = reference[g][e];
+                const float grown = fmaxf(fmaxf(fmaxf(m.x, m.y), fmaxf(m.z, m.w)), old);
+                const float factor = grown == old ? 1.0f : exp2_approx(old - grown);
+                if (tile > 0) scale_column(g, e, factor);
+                reference[g][e] = grown;
+                if (warp == 0 && lane < 4) {
+                    st.reference[warpgroup][n] = grown;
+                    st.factor[warpgroup][n] = factor;
+                }
+            }
+        if (threadIdx.x % WARPGROUP == 0) st.rescale[warpgroup] = 1;
     }
 
     // Softmax of a finished S^T, published as P^T. On return the previous tile's products are complete too.
@@ -451,21 +471,27 @@ struct Consumer {
                     if (key + (e < 2 ? 0 : 8) >= seen) x[g * 4 + e] = NEG_INF;
                 }
         }
+        // The reference as the other warpgroup left it at the tile before.
+        float reference[COLUMN_GROUPS][2];
         bool excess = tile == 0;
-        if (tile > 0)
 #pragma unroll
-            for (int g = 0; g < COLUMN_GROUPS; ++g)
+        for (int g = 0; g < COLUMN_GROUPS; ++g)
 #pragma unroll
-                for (int e = 0; e < 2; ++e)
-                    excess |= fmaxf(x[g * 4 + e], x[g * 4 + e + 2]) > st.reference[column(g, e)] + LAZY_LOG2;
-        excess = named_barrier_any(WARPGROUP_BARRIER + warpgroup, WARPGROUP, excess);
+            for (int e = 0; e < 2; ++e) {
+                reference[g][e] = tile == 0 ? NEG_INF : st.reference[warpgroup ^ 1][column(g, e)];
+                excess |= fmaxf(x[g * 4 + e], x[g * 4 + e + 2]) > reference[g][e] + LAZY_LOG2;
+            }
+        if (tile > 0) excess = named_barrier_any(WARPGROUP_BARRIER + warpgroup, WARPGROUP, excess);
         wgmma_wait<0>();
         pin_output();
         if (tile > 0) release_own_blocks(tile - 1);
-        if (excess)
-            move_reference(tile > 0);
-        else if (threadIdx.x % WARPGROUP == 0)
-            st.rescale[warpgroup] = 0;
+        if (excess) {
+            move_reference(tile, reference);
+        } else {
+            const int n = threadIdx.x % WARPGROUP;
+            if (n < ROWS) st.reference[warpgroup][n] = st.reference[warpgroup ^ 1][n];
+            if (n == 0) st.rescale[warpgroup] = 0;
+        }
 
         const u32 p_base = shared_address(s.p[warpgroup]);
 #pragma unroll
@@ -473,7 +499,7 @@ struct Consumer {
             float w[4];
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const float m = st.reference[column(g, e)];
+                const float m = reference[g][e % 2];
                 w[e] = exp2_approx(x[g * 4 + e] - (m == NEG_INF ? 0.0f : m));
                 sums[g][e % 2] += w[e];
             }
@@ -488,18 +514,14 @@ struct Consumer {
     }
 
     // All key tiles of a segment; tile indices count from its start.
-    __device__ __forceinline__ void run_tiles(const RowTile& rows) {
-        const int seqlen = s.walk.seqlen, tile_begin = s.walk.tile_begin;
-        const int tiles = uniform(s.walk.key_tiles());
-        const int tail = s.walk.ends() ? seqlen - (s.walk.unit_tiles - 1) * TILE_KEYS : TILE_KEYS;  // keys of the last
+    __device__ __forceinline__ void run_tiles(const Walk& walk, const RowTile& rows) {
+        const int tiles = uniform(walk.key_tiles());
+        const int tail = walk.ends() ? walk.seqlen - (walk.unit_tiles - 1) * TILE_KEYS : TILE_KEYS;  // keys of the last
         auto accumulate = [&](int i) {
-            wait_weights(i, i > 0);
+            wait_weights(i);
             if (i == tiles - 1 && tail < TILE_KEYS) zero_values_past(i, tail);
-            issue_output(i, i > 0);
+            issue_output(i);
         };
-#pragma unroll
-        for (int g = 0; g < COLUMN_GROUPS; ++g) sums[g][0] = sums[g][1] = 0.0f;
-
         for (int i = warpgroup; i < tiles; i += 2) {
             // The products of tile i - 2 run on while the first chunks of tile i are multiplied; the others may have to
             // wait until tile i - 2 has left the ring.
@@ -518,8 +540,8 @@ struct Consumer {
             }
             pin(x);
 #pragma unroll
-            for (int j = 0; j < ROPE_CHUNKS; ++j) release(chunk_of(i, j));
-            publish_weights(i, (tile_begin + i) * TILE_KEYS, seqlen, rows);
+            for (int j = 0; j < ROPE_CHUNKS; ++j) release(place_of(i).ahead(j));
+            publish_weights(i, (walk.tile_begin + i) * TILE_KEYS, walk.seqlen, rows);
             accumulate(i);
         }
         const bool own_last = (tiles - 1 & 1) == warpgroup;
@@ -536,31 +558,39 @@ struct Consumer {
         chunk += u32(tiles) * TILE_CHUNKS;
     }
 
-    // Query rows to shared memory: chunk j, row n at n * 128 bytes, 16-byte pieces swizzled by the row.
-    __device__ __forceinline__ void load_queries(const Walk& walk, const RowTile& rows) {
-        constexpr int PIECES = TILE_CHUNKS * 8;
-        const i64 request = walk.request;
-        for (int i = threadIdx.x; i < ROWS * PIECES; i += CONSUMERS) {
-            const int n = i / PIECES, piece = i % PIECES, j = piece / 8;
-            uint4 v = make_uint4(0, 0, 0, 0);
-            if (n < rows.count) {
-                const int row = rows.first + n, token = row / p.heads, head = row % p.heads;
-                const u16* source =
-                    j < ROPE_CHUNKS
-                        ? p.q_rope + request * p.q_rope_strides[0] + token * p.q_rope_strides[1] +
-                              head * p.q_rope_strides[2] + piece * 8
-                        : p.q_latent + request * p.q_strides[0] + token * p.q_strides[1] + head * p.q_strides[2] +
-                              (piece - ROPE_CHUNKS * 8) * 8;
+    // Starts with nothing accumulated.
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int g = 0; g < COLUMN_GROUPS; ++g) sums[g][0] = sums[g][1] = 0.0f;
+#pragma unroll
+        for (int b = 0; b < OWN_BLOCKS; ++b)
+#pragma unroll
+            for (int i = 0; i < ROWS / 2; ++i) o[b][i] = 0.0f;
+    }
+
+    // Query rows to shared memory: chunk j, row n at n * 128 bytes, 16-byte pieces swizzled by the row. A warp takes
+    // every eighth row. The copies of this thread may still run on return.
+    __device__ __forceinline__ void load_queries(int request, const RowTile& rows) {
+        const u32 base = shared_address(s.q);
+        for (int n = threadIdx.x / 32; n < ROWS; n += CONSUMER_WARPS) {
+            const int row = rows.first + n, token = row / p.heads, head = row - token * p.heads;
+            const u16* latent = p.q_latent + request * p.q_strides[0] + token * p.q_strides[1] + head * p.q_strides[2];
+            const u16* rope = p.q_rope + request * p.q_rope_strides[0] + token * p.q_rope_strides[1] +
+                              head * p.q_rope_strides[2];
+#pragma unroll
+            for (int piece = lane; piece < TILE_CHUNKS * 8; piece += 32) {
+                const u16* source = piece < ROPE_CHUNKS * 8 ? rope + piece * 8 : latent + (piece - ROPE_CHUNKS * 8) * 8;
+                const u32 target = base + piece / 8 * Q_CHUNK_BYTES + n * 128 + ((piece % 8 ^ (n & 7)) << 4);
                 if (p.q_vector_loads) {
-                    v = *reinterpret_cast<const uint4*>(source);
+                    copy_16_bytes(target, source, n < rows.count);
                 } else {
-                    v = make_uint4(source[0] | u32(source[1]) << 16, source[2] | u32(source[3]) << 16,
-                                   source[4] | u32(source[5]) << 16, source[6] | u32(source[7]) << 16);
+                    const u32 offset = target - base;
+#pragma unroll 1
+                    for (int i = 0; i < 8; ++i)
+                        reinterpret_cast<u16*>(s.q)[offset / 2 + i] = n < rows.count ? source[i] : u16(0);
                 }
             }
-            *reinterpret_cast<uint4*>(s.q[j] + n * 128 + ((piece % 8 ^ (n & 7)) << 4)) = v;
         }
-        fence_async_proxy();
     }
 };
 
@@ -605,11 +635,10 @@ __device__ __forceinline__ int partial_index(int slot, int block, int warp, int 
 }
 
 // Ends a segment: the sums of both warpgroups come together, then O^T goes out as the result or as a partial result.
-__device__ __forceinline__ void finish_segment(Consumer& c, int row_group) {
+__device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, const RowTile& rows, int lane,
+                                               int row_group) {
     const Params& p = c.p;
     Shared& s = c.s;
-    const Walk& walk = s.walk;
-    const RowTile rows = row_tile_of(p, walk.pass, row_group);
     // Q is not needed any more: every score of the segment was published before this point.
     float(*warp_sums)[ROWS] = reinterpret_cast<float(*)[ROWS]>(s.q);
 #pragma unroll
@@ -623,55 +652,40 @@ __device__ __forceinline__ void finish_segment(Consumer& c, int row_group) {
         }
     named_barrier(CONSUMER_BARRIER, CONSUMERS);
     const bool whole = walk.starts() && walk.ends();
-    const int slot = partial_slot(p, walk.lane, walk.starts(), row_group);
-#pragma unroll
-    for (int g = 0; g < COLUMN_GROUPS; ++g) {
-        if (whole) {
-            float inverse[2];
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                float sum = 0.0f;
-#pragma unroll
-                for (int w = 0; w < CONSUMER_WARPS; ++w) sum += warp_sums[w][c.column(g, e)];
-                inverse[e] = sum == 0.0f ? 0.0f : 1.0f / sum;
-            }
-#pragma unroll
-            for (int b = 0; b < OWN_BLOCKS; ++b) {
-                const int dim = (c.warpgroup * OWN_BLOCKS + b) * CHUNK_DIMS + c.warp * 16;
-                store_outputs(p, walk.request, rows, g, dim, &c.o[b][g * 4], inverse[0], inverse[1]);
-            }
-        } else {
-#pragma unroll
-            for (int b = 0; b < OWN_BLOCKS; ++b) {
-                const float* v = &c.o[b][g * 4];
-                p.partials[i64(partial_index(slot, c.warpgroup * OWN_BLOCKS + b, c.warp, g)) * 32 + c.lane] =
-                    make_float4(v[0], v[1], v[2], v[3]);
-            }
-        }
-    }
+    const int slot = partial_slot(p, lane, walk.starts(), row_group);
     if (threadIdx.x < ROWS) {
         const int n = threadIdx.x;
         float sum = 0.0f;
 #pragma unroll
         for (int w = 0; w < CONSUMER_WARPS; ++w) sum += warp_sums[w][n];
-        if (whole)
-            store_lse(p, walk.request, rows, n, s.statistics.reference[n], sum);
-        else
-            p.partial_stats[i64(slot) * ROWS + n] = make_float2(s.statistics.reference[n], sum);
-    }
-}
-
-// Zeros for a request without keys.
-__device__ __forceinline__ void write_empty(const Consumer& c, const Walk& walk, const RowTile& rows) {
-    const float zeros[4] = {};
-#pragma unroll
-    for (int g = 0; g < COLUMN_GROUPS; ++g)
-#pragma unroll
-        for (int b = 0; b < OWN_BLOCKS; ++b) {
-            const int dim = (c.warpgroup * OWN_BLOCKS + b) * CHUNK_DIMS + c.warp * 16;
-            store_outputs(c.p, walk.request, rows, g, dim, zeros, 0.0f, 0.0f);
+        const float reference = s.statistics.reference[walk.key_tiles() - 1 & 1][n];
+        if (whole) {
+            store_lse(p, walk.request, rows, n, reference, sum);
+            s.statistics.inverse_sum[n] = sum == 0.0f ? 0.0f : 1.0f / sum;
+        } else {
+            p.partial_stats[i64(slot) * ROWS + n] = make_float2(reference, sum);
         }
-    if (threadIdx.x < ROWS) store_lse(c.p, walk.request, rows, threadIdx.x, 0.0f, 0.0f);
+    }
+    if (!whole) {
+        float4* target = p.partials + i64(partial_index(slot, c.warpgroup * OWN_BLOCKS, c.warp, 0)) * 32 + c.lane;
+#pragma unroll
+        for (int g = 0; g < COLUMN_GROUPS; ++g)
+#pragma unroll
+            for (int b = 0; b < OWN_BLOCKS; ++b) {
+                const float* v = &c.o[b][g * 4];
+                target[(b * 4 * COLUMN_GROUPS + g) * 32] = make_float4(v[0], v[1], v[2], v[3]);
+            }
+        return;
+    }
+    named_barrier(CONSUMER_BARRIER, CONSUMERS);
+#pragma unroll
+    for (int g = 0; g < COLUMN_GROUPS; ++g) {
+        const float even = s.statistics.inverse_sum[c.column(g, 0)], odd = s.statistics.inverse_sum[c.column(g, 1)];
+#pragma unroll
+        for (int b = 0; b < OWN_BLOCKS; ++b)
+            store_outputs(p, walk.request, rows, g, (c.warpgroup * OWN_BLOCKS + b) * CHUNK_DIMS + c.warp * 16,
+                          &c.o[b][g * 4], even, odd);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------- merge
@@ -687,24 +701,28 @@ struct Merged {
     float sum[2];
 };
 
-__device__ __forceinline__ void merge_members(const Params& p, const SharedUnit& unit, int row_group, int block, int warp,
-                                              int group, int from, int to, Merged& m) {
-    constexpr int BATCH = 12;  // loads in flight: a batch of members a round trip
-    const int lane = threadIdx.x % 32;
+// Adds the partial results of members [from, to) of a unit for one piece of 16 dims x 8 columns, in their order.
+__device__ __forceinline__ void merge_members(const Params& p, const SharedUnit& unit, int row_group, int piece, int from,
+                                              int to, Merged& m) {
+    constexpr int BATCH = 8;  // members whose loads are in flight together
+    constexpr int PIECES = LATENT_CHUNKS * 4 * COLUMN_GROUPS;
+    const int lane = threadIdx.x % 32, group = piece % COLUMN_GROUPS;
+    const float4* partials = p.partials + piece * 32 + lane;
+    const float2* partial_stats = p.partial_stats + group * 8 + lane % 4 * 2;
+#pragma unroll 1
     for (int base = from; base < to; base += BATCH) {
         float4 v[BATCH], stats[BATCH];
+        float top[2] = {m.reference[0], m.reference[1]};
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
             v[i] = make_float4(0, 0, 0, 0);
             stats[i] = make_float4(NEG_INF, 0, NEG_INF, 0);
             if (base + i < to) {
                 const int slot = partial_slot(p, unit.first_lane + base + i, base + i == 0, row_group);
-                v[i] = load_shared_by_ctas(p.partials + i64(partial_index(slot, block, warp, group)) * 32 + lane);
-                stats[i] = load_shared_by_ctas(reinterpret_cast<const float4*>(
-                    p.partial_stats + i64(slot) * ROWS + group * 8 + lane % 4 * 2));
+                v[i] = load_shared_by_ctas(partials + i64(slot) * PIECES * 32);
+                stats[i] = load_shared_by_ctas(reinterpret_cast<const float4*>(partial_stats + i64(slot) * ROWS));
             }
         }
-        float top[2] = {m.reference[0], m.reference[1]};
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
             top[0] = fmaxf(top[0], stats[i].x);
@@ -749,7 +767,7 @@ __device__ __forceinline__ void merge_part(const Params& p, Shared& s, const Sha
         const int group = piece % COLUMN_GROUPS, block = piece / (4 * COLUMN_GROUPS), row_warp = piece / COLUMN_GROUPS % 4;
         Merged m = {{0, 0, 0, 0}, {NEG_INF, NEG_INF}, {0, 0}};
         if (index < own)
-            merge_members(p, unit, row_group, block, row_warp, group, unit.members * helper / helpers,
+            merge_members(p, unit, row_group, piece, unit.members * helper / helpers,
                           unit.members * (helper + 1) / helpers, m);
         if (helpers > 1) {
             named_barrier(CONSUMER_BARRIER, CONSUMERS);
@@ -785,77 +803,76 @@ __device__ __forceinline__ void merge_part(const Params& p, Shared& s, const Sha
 constexpr u32 ARRIVED = 0xffff;
 constexpr u32 GAVE_UP = 0x10000;
 
-enum Verdict { LEAVE, MERGE_OWN, MERGE_ABANDONED };  // the last: the own part and those of who gave up
-
 // After a CTA's own segments. Everybody merges its part as soon as all members have arrived. A member that waits too long
-// (the others may not even be running, when something else occupies their SMs) leaves its part to the last one to
-// arrive, which never waits: whatever else the GPU does, somebody gets everything done.
+// (the others may not even be running, when something else occupies their SMs) leaves its part to those who see the
+// arrivals complete. The last to arrive always does, so whatever else the GPU does, somebody gets everything done.
 __device__ __forceinline__ void meet_and_merge(const Params& p, Shared& s, const SharedUnit& unit, int lane, int row_group) {
     const int member = lane - unit.first_lane;
-    const u32 before = unit.arrivals_before;
+    const u32 members = unit.members;
     u32* arrivals = counter_of(p, unit.first_lane, row_group);
     if (threadIdx.x == 0) {
-        s.verdict = MERGE_OWN;
-        if ((before & ARRIVED) == u32(unit.members - 1)) {
-            if (before >= GAVE_UP) s.verdict = MERGE_ABANDONED;
-        } else {
-            const i64 start = clock64();
-            while ((load_acquire(arrivals) & ARRIVED) != u32(unit.members)) {
-                if (clock64() - start > p.patience) {
-                    counter_of(p, lane, row_group)[2] = 1;
-                    if ((atomic_add_acq_rel(arrivals, GAVE_UP) & ARRIVED) != u32(unit.members)) s.verdict = LEAVE;
-                    break;
-                }
+        const i64 start = clock64();
+        u32 seen = load_acquire(arrivals);
+        while ((seen & ARRIVED) != members) {
+            if (clock64() - start > p.patience) {
+                counter_of(p, lane, row_group)[2] = 1;
+                seen = atomic_add_acq_rel(arrivals, GAVE_UP);
+                break;
             }
+            seen = load_acquire(arrivals);
         }
+        s.arrivals = seen;
     }
     named_barrier(CONSUMER_BARRIER, CONSUMERS);
-    const int verdict = s.verdict;
-    for (int part = verdict == MERGE_ABANDONED ? 0 : member; part < unit.members && verdict != LEAVE; ++part) {
-        const volatile u32* gave_up = counter_of(p, unit.first_lane + part, row_group) + 2;
-        if (part == member || *gave_up) merge_part(p, s, unit, row_group, part);
-        if (verdict == MERGE_OWN) break;
-    }
+    const u32 seen = s.arrivals;
+    const bool complete = (seen & ARRIVED) == members, abandoned = complete && seen >= GAVE_UP;
+    u32 left_before = 0;
+    if (threadIdx.x == 0 && !abandoned) left_before = atomic_add_acq_rel(arrivals + 1, 1);
+    if (complete)
+        for (int part = abandoned ? 0 : member; part < int(members); ++part) {
+            const volatile u32* gave_up = counter_of(p, unit.first_lane + part, row_group) + 2;
+            if (part == member || *gave_up) merge_part(p, s, unit, row_group, part);
+            if (!abandoned) break;
+        }
     named_barrier(CONSUMER_BARRIER, CONSUMERS);
-    if (threadIdx.x == 0 && atomic_add_acq_rel(arrivals + 1, 1) == u32(unit.members - 1)) {
-        // Last to leave: nobody looks at these words again in this launch.
-        if (load_acquire(arrivals) >= GAVE_UP)
-            for (int other = 0; other < unit.members; ++other)
-                counter_of(p, unit.first_lane + other, row_group)[2] = 0;
-        arrivals[0] = arrivals[1] = 0;
+    if (threadIdx.x == 0) {
+        if (abandoned) left_before = atomic_add_acq_rel(arrivals + 1, 1);
+        if (left_before == members - 1) {
+            // The last to leave: nobody looks at these words again in this launch.
+            if (load_acquire(arrivals) >= GAVE_UP)
+                for (int other = 0; other < int(members); ++other)
+                    counter_of(p, unit.first_lane + other, row_group)[2] = 0;
+            arrivals[0] = arrivals[1] = 0;
+        }
     }
 }
 
 __device__ __forceinline__ void consume(const Params& p, Shared& s, int lane, int row_group) {
     Consumer c(p, s);
+    const Division division(s.start.total, p.lanes);
     // A lane shares at most two units: the one it starts in the middle of and the one it does not finish.
     int shared_units = 0;
-    Walk walk;
-    for (walk.begin(p, s.start, lane); walk.active(); walk.next(p)) {
+    for (Walk walk(p, s.start, division, lane); walk.active(); walk.next(p)) {
         const RowTile rows = row_tile_of(p, walk.pass, row_group);
-        if (walk.key_tiles() == 0) {
-            write_empty(c, walk, rows);
-            continue;
-        }
-        if (threadIdx.x == 0) s.walk = walk;
-        c.load_queries(walk, rows);
+        const bool whole = walk.starts() && walk.ends();
+        c.load_queries(walk.request, rows);
+        c.clear();
+        const int first_lane = division.lane_of(walk.unit_begin);
+        if (!whole && threadIdx.x == 0)
+            s.shared_units[shared_units] = {walk.request, walk.pass, first_lane,
+                                            division.lane_of(walk.unit_begin + walk.unit_tiles - 1) - first_lane + 1};
+        copy_wait_all();
+        fence_async_proxy();
         named_barrier(CONSUMER_BARRIER, CONSUMERS);
-        c.run_tiles(rows);
-        finish_segment(c, row_group);
-        walk = s.walk;
+        if (walk.key_tiles() > 0) c.run_tiles(walk, rows);
+        finish_segment(c, walk, rows, lane, row_group);
         named_barrier(CONSUMER_BARRIER, CONSUMERS);
-        if (!(walk.starts() && walk.ends())) {
-            // The barrier above ordered everyone's partial results before this arrival.
-            if (threadIdx.x == 0) {
-                const int first = walk.first_lane();
-                __threadfence();
-                const u32 before = atomic_add_acq_rel(counter_of(p, first, row_group), 1);
-                s.shared_units[shared_units] = {walk.request, walk.pass, first, walk.last_lane() - first + 1, before};
-            }
+        if (!whole) {
+            // The barrier ordered everyone's partial results before this arrival.
+            if (threadIdx.x == 0) add_release(counter_of(p, s.shared_units[shared_units].first_lane, row_group), 1);
             ++shared_units;
         }
     }
-    named_barrier(CONSUMER_BARRIER, CONSUMERS);
 #pragma unroll 1
     for (int i = 0; i < shared_units; ++i) meet_and_merge(p, s, s.shared_units[i], lane, row_group);
 }
@@ -876,7 +893,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
         for (int w = 0; w < 2; ++w) mbarrier_init(shared_address(&s.p_full[w]), 4);
         mbarrier_init_fence();
     }
-    find_start(p, s, lane);
+    if (threadIdx.x / 32 == CONSUMER_WARPS + 1) prefetch_table(p, lane);
+    find_start(p, s.start, lane);
     if (uniform(threadIdx.x / WARPGROUP) == 2) {
         registers_give_up<PRODUCER_REGISTERS>();
         if (uniform(threadIdx.x / 32) == CONSUMER_WARPS) produce(p, s, lane);

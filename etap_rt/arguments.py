@@ -353,7 +353,7 @@ def _check_type(layout: Layout, name: str, dtype: str, like: Layout) -> None:
 
 
 def _check_contiguous(layout: Layout, name: str) -> None:
-    if layout.strides[-1] != 1:
+    if layout.strides[-1] != 1 and 0 not in layout.shape:  # NumPy gives empty arrays strides of 0
         raise ArgumentError(name, f"stride {layout.strides[-1]} in the last dim", "1 (contiguous)")
 
 
@@ -371,7 +371,7 @@ def _check_output_shape(layout: Layout, name: str, shape: tuple[int, ...]) -> No
         raise ArgumentError(name, f"shape {layout.shape}", str(shape))
     extent = 1
     for stride, size in sorted((abs(stride), size) for stride, size in zip(layout.strides, shape)):
-        if size > 1 and stride < extent:
+        if size > 1 and stride < extent and 0 not in shape:
             raise ArgumentError(name, f"strides {layout.strides}", "elements that do not overlap")
         extent += stride * (size - 1)
 

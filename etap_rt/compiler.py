@@ -23,7 +23,8 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -62,7 +63,7 @@ class Compiled:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What ptxas says about a kernel. Sizes in bytes; spills, stack and shared memory are those of one thread or CTA."""
+    """What ptxas says about a kernel. Sizes are bytes: stack and spills of a thread, shared memory of a CTA."""
 
     registers: int
     spill_stores: int
@@ -88,6 +89,7 @@ _compiled: dict[str, Compiled] = {}  # by key
 _compiling: dict[str, threading.Lock] = {}  # by key
 _loaded: dict[tuple[KernelSpec, int], driver.Kernel] = {}
 _loading = threading.Lock()
+_opening_nvrtc = threading.Lock()
 _warned = False
 
 
@@ -101,7 +103,7 @@ def load(spec: KernelSpec, device: int) -> driver.Kernel:
         with _loading:
             kernel = _loaded.get((spec, device))
             if kernel is None:
-                _require_hopper(device)
+                require_hopper(device)
                 kernel = driver.load_kernel(compile_spec(spec).cubin, spec.entry, device)
                 _loaded[spec, device] = kernel
     return kernel
@@ -124,6 +126,21 @@ def compile_spec(spec: KernelSpec, arch: str = ARCH) -> Compiled:
             compiled = _write_entry(key, _compile(nvrtc, spec, arch, options, source, headers))
         _compiled[key] = compiled
     return compiled
+
+
+def compile_specs(
+    specs: Sequence[KernelSpec], arch: str = ARCH, finished: Callable[[Compiled], None] = lambda compiled: None
+) -> list[Compiled]:
+    """compile_spec of each, several at a time. `finished` is told of each as it is done, from this thread."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(compile_spec, spec, arch) for spec in specs]
+        try:
+            for job in as_completed(jobs):
+                finished(job.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [job.result() for job in jobs]
 
 
 def build_report(compiled: Compiled) -> Report:
@@ -152,6 +169,16 @@ def source_directory() -> Traversable:
     package = resources.files("etap_rt")
     installed = package / "cuda_src"
     return installed if installed.is_dir() else Path(str(package)).parent / "cuda_src"
+
+
+def require_hopper(device: int) -> None:
+    """Raise UnsupportedError, with what is needed, unless CUDA device `device` can run the kernels."""
+    major, minor = driver.compute_capability(device)
+    if (major, minor) != COMPUTE_CAPABILITY:
+        raise UnsupportedError(
+            f"CUDA device {device}, {driver.device_name(device)}, has compute capability {major}.{minor}",
+            "a Hopper GPU (compute capability 9.0), such as H100, H200, H20, H800 or GH200",
+        )
 
 
 def nvrtc_version() -> tuple[int, int]:
@@ -195,22 +222,14 @@ def clear_cache() -> int:
     return len(files)
 
 
-def _require_hopper(device: int) -> None:
-    major, minor = driver.compute_capability(device)
-    if (major, minor) != COMPUTE_CAPABILITY:
-        raise UnsupportedError(
-            f"CUDA device {device}, {driver.device_name(device)}, has compute capability {major}.{minor}",
-            "a Hopper GPU (compute capability 9.0), such as H100, H200, H20, H800 or GH200",
-        )
-
-
 def _nvrtc() -> Any:
     """CuPy's binding of NVRTC."""
     needed = "CuPy and NVRTC, from pip install 'etap-rt[cuda13]' or 'etap-rt[cuda12]'"
     try:
-        from cupy.cuda import nvrtc
+        with _opening_nvrtc:  # two threads that do this at once can leave CuPy without a part of NVRTC
+            from cupy.cuda import nvrtc
 
-        version = nvrtc.getVersion()
+            version = nvrtc.getVersion()
     except (ImportError, OSError, RuntimeError) as error:
         raise UnsupportedError(f"kernels cannot be compiled here ({error})", needed) from error
     if version < OLDEST_NVRTC:
@@ -227,29 +246,20 @@ def _options(spec: KernelSpec, arch: str) -> tuple[str, ...]:
 
 
 def _read_sources(directory: Traversable, name: str) -> tuple[bytes, dict[str, bytes]]:
-    """A source file, and every header it includes, directly or not, by the name in the #include.
+    """A source file, and every header of ours that it includes, directly or not, by name.
 
-    NVRTC gets them from memory, so that the package may lie in a zip file. It knows a header by the name in the
-    #include alone; as for a compiler, that is relative to the including file or else to `directory`. Headers
-    that are not there are left for NVRTC to know or to complain about.
+    NVRTC gets the headers from memory, so that the package may lie in a zip file. It knows each by the words of
+    the #include alone, which therefore always give the path from the top of `directory`. Other headers are left
+    for NVRTC to know or to complain about.
     """
     source = (directory / name).read_bytes()
     headers: dict[str, bytes] = {}
-    places: dict[str, str] = {}
-    pending = [(name, source)]
+    pending = [source]
     while pending:
-        including, text = pending.pop()
-        folder = including.rpartition("/")[0]
-        for include in (match.decode() for match in _INCLUDE.findall(text)):
-            beside = f"{folder}/{include}" if folder else include
-            place = next((p for p in (beside, include) if (directory / p).is_file()), None)
-            if place is None:
-                continue
-            if places.setdefault(include, place) != place:
-                raise EtapError(f'#include "{include}" means both {places[include]} and {place}; rename one')
-            if include not in headers:
-                headers[include] = (directory / place).read_bytes()
-                pending.append((place, headers[include]))
+        for include in (match.decode() for match in _INCLUDE.findall(pending.pop())):
+            if include not in headers and (directory / include).is_file():
+                headers[include] = (directory / include).read_bytes()
+                pending.append(headers[include])
     return source, headers
 
 
@@ -278,15 +288,18 @@ def _compile(
             nvrtc.compileProgram(program, options)
         except nvrtc.NVRTCError as error:
             raise CompileError(spec, options, nvrtc.getProgramLog(program) or str(error)) from error
-        cubin, ptx, log = nvrtc.getCUBIN(program), nvrtc.getPTX(program), nvrtc.getProgramLog(program)
+        # CuPy takes the last byte for the end of a string and drops it. It belongs to the ELF file's program
+        # headers, as the highest byte of a small number. A byte too many would do no harm.
+        cubin = nvrtc.getCUBIN(program) + b"\0"
+        ptx, log = nvrtc.getPTX(program), nvrtc.getProgramLog(program)
     finally:
         nvrtc.destroyProgram(program)
     seconds = round(time.perf_counter() - start, 3)
     return Compiled(spec, arch, cubin, None, log, _count_wgmma(ptx), seconds, from_cache=False)
 
 
-def _count_wgmma(ptx: str) -> tuple[tuple[str, int], ...]:
-    counts = Counter(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(m\d+n\d+k\d+)", ptx))
+def _count_wgmma(ptx: bytes) -> tuple[tuple[str, int], ...]:
+    counts = Counter(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(m\d+n\d+k\d+)", ptx.decode()))
     return tuple(sorted(counts.items()))
 
 

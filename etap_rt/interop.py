@@ -183,7 +183,7 @@ def _read_dlpack(x: Any, name: str) -> Array:
         import cupy
 
         return _read_cupy(cupy.from_dlpack(x), name, "dlpack")
-    except (BufferError, TypeError) as error:
+    except (BufferError, RuntimeError, TypeError) as error:
         raise ArgumentTypeError(name, f"{_type_name(type(x))} ({error})", "a dtype that DLPack hands over") from error
 
 

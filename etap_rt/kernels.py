@@ -33,6 +33,22 @@ def decode_spec(dtype: ElementType, latent_dim: int, rope_dim: int, rows: int) -
     return KernelSpec("mla_decode.cu", "mla_decode", tuple(sorted(constants.items())))
 
 
+def kv_write_spec() -> KernelSpec:
+    """The kernel that writes new tokens into a cache; one for all dtypes, dims and page sizes."""
+    return KernelSpec("kv_write.cu", "kv_write", ())
+
+
+def page_copy_spec() -> KernelSpec:
+    """The kernel that copies pages of a cache, in all layers."""
+    return KernelSpec("kv_write.cu", "page_copy", ())
+
+
+def batch_update_spec() -> KernelSpec:
+    """The kernel that brings what changed of a batch's block table and lengths to the device."""
+    return KernelSpec("kv_write.cu", "batch_update", ())
+
+
 def all_specs() -> list[KernelSpec]:
     """Every kernel the package can ask for, in a fixed order."""
-    return [decode_spec(t, latent, rope, rows) for t in ELEMENT_TYPES for latent, rope in DIMS for rows in ROW_TILES]
+    decode = [decode_spec(t, latent, rope, rows) for t in ELEMENT_TYPES for latent, rope in DIMS for rows in ROW_TILES]
+    return [*decode, kv_write_spec(), page_copy_spec(), batch_update_spec()]

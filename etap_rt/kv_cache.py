@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import html
+import importlib
+import math
 import operator
 import os
 import re
@@ -20,6 +23,7 @@ from etap_rt.kv_pages import IntArray, PagePool, Reservation, Sequence
 
 MAX_INDEX = (1 << 31) - 1  # of slots and of block table entries: they are int32
 SHOWN_SEQUENCES = 32  # rows of the HTML table
+OWN_COLOR, SHARED_COLOR = "#4c78a8", "#f58518"
 
 
 class Batch(NamedTuple):
@@ -322,8 +326,12 @@ class PagedKVCache:
         self._memory.refuse_capture("import_")
         imported = Sequence(0, array("i"))
         self._pool.reserve([imported], [latent.shape[1]])
-        if imported.length:
-            self._memory.load(np.array(imported.pages, np.int32), latent, rope)
+        try:
+            if imported.length:
+                self._memory.load(np.array(imported.pages, np.int32), latent, rope)
+        except BaseException:
+            self._pool.free(imported)
+            raise
         return self._add(imported)
 
     def __repr__(self) -> str:
@@ -332,11 +340,16 @@ class PagedKVCache:
         return (
             f"<PagedKVCache {self.dtype} on {self.device}, {layers} of {self.latent_dim} + {self.rope_dim} dims: "
             f"{s.used} of {s.total} pages of {self.page_size} used, {s.shared} shared, "
-            f"{len(self._sequences)} sequences, {s.tokens} tokens, {s.bytes / 1e9:.3g} GB>"
+            f"{len(self._sequences)} sequences, {s.tokens} tokens, {_size(s.bytes)}>"
         )
 
     def _repr_html_(self) -> str:
-        return render_html(self, {name: np.array(s.pages, np.int32) for name, s in self._sequences.items()})
+        shown = list(self._sequences.items())[:SHOWN_SEQUENCES]
+        rows = []
+        for name, s in shown:
+            shared = int(np.count_nonzero(self._pool.owners[np.array(s.pages, np.int32)] > 1))
+            rows.append((name, s.length, len(s.pages) - shared, shared))
+        return _render_html(repr(self), self.stats(), rows, len(self._sequences) - len(shown))
 
     def _add(self, sequence: Sequence) -> int:
         name = self._next_name
@@ -393,10 +406,10 @@ class PagedKVCache:
         return np.stack([index.astype(np.int32), np.array(values, np.int32)], axis=1)
 
     def _check_layer(self, layer: Any) -> int:
-        layer = _integer(layer, "layer")
-        if not 0 <= layer < self.num_layers:
-            raise ArgumentError("layer", str(layer), f"0 ... {self.num_layers - 1}")
-        return layer
+        index = _integer(layer, "layer")
+        if not 0 <= index < self.num_layers:
+            raise ArgumentError("layer", str(index), f"0 ... {self.num_layers - 1}")
+        return index
 
     def _check_out(self, out: Any, tokens: int) -> Array:
         slots = describe(out, "out")
@@ -415,7 +428,7 @@ class PagedKVCache:
                 raise ArgumentError(name, f"shape {given.shape}", f"({tokens}, {dim}), a row for each slot")
             if given.dtype not in (self.dtype, "float32"):
                 raise ArgumentError(name, given.dtype, f"{self.dtype}, as the cache, or float32")
-            if given.strides[1] != 1 and dim > 1:
+            if tokens and dim > 1 and given.strides[1] != 1:  # strides of an empty array mean nothing
                 raise ArgumentError(name, f"strides {given.strides}", "a contiguous last dim")
             row_bytes = given.strides[0] * numpy_dtype(given.dtype).itemsize
             if self._layout.device_type == "cuda" and tokens > 1 and row_bytes % CHUNK_BYTES:
@@ -431,7 +444,8 @@ class PagedKVCache:
 
     def _check_device(self, given: Layout, name: str) -> None:
         if (given.device_type, given.device) != (self._layout.device_type, self._layout.device):
-            raise ArgumentError(name, f"{given.device_type}:{given.device}", f"{self.device}, where the cache is")
+            device = "cpu" if given.device_type == "cpu" else f"{given.device_type}:{given.device}"
+            raise ArgumentError(name, f"an array on {device}", f"one on {self.device}, where the cache is")
 
     def _check_slots(self, slots: np.ndarray[Any, Any]) -> None:
         """Check slots whose values the host can see."""
@@ -462,7 +476,7 @@ class PagedKVCache:
 
 def _integer(value: Any, name: str) -> int:
     try:
-        return operator.index(value)
+        return int(operator.index(value))
     except TypeError as error:
         raise ArgumentTypeError(name, repr(value), "an integer") from error
 
@@ -528,9 +542,13 @@ def _check_alignment(x: Array, name: str) -> None:
         raise ArgumentError(name, f"address {x.pointer:#x}", f"a multiple of {CHUNK_BYTES} bytes")
 
 
-def _safetensors(module: str) -> Any:
-    import importlib
+def _size(size: int) -> str:
+    """Bytes for people, such as 12.3 GB."""
+    power = min(int(math.log10(size)) // 3, 4)
+    return f"{size / 1000**power:.1f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
+
+def _safetensors(module: str) -> Any:
     try:
         return importlib.import_module(f"safetensors.{module}" if module else "safetensors")
     except ImportError as error:
@@ -544,3 +562,35 @@ def _read_file(path: str | os.PathLike[str]) -> tuple[Any, Any]:
             return file.get_tensor("latent"), file.get_tensor("rope")
     except safetensors.SafetensorError as error:
         raise ArgumentError("source", f"{os.fspath(path)} ({error})", "a file that export wrote") from error
+
+
+def _render_html(title: str, stats: CacheStats, rows: list[tuple[int, int, int, int]], hidden: int) -> str:
+    """A bar for the pool and a line for each sequence: (name, tokens, own pages, shared pages)."""
+    longest = max((own + shared for _, _, own, shared in rows), default=0)
+    lines = "".join(
+        f"<tr><td>{name}</td><td>{tokens}</td><td>{own + shared}</td><td>{shared}</td>"
+        f"<td style='width:20em;text-align:left'>{_bar(own, shared, longest)}</td></tr>"
+        for name, tokens, own, shared in rows
+    )
+    more = f"<p>and {hidden} more sequences</p>" if hidden else ""
+    return (
+        f"<div><code>{html.escape(title)}</code>"
+        f"<div style='width:40em;margin:.5em 0'>{_bar(stats.used - stats.shared, stats.shared, stats.total)}</div>"
+        f"<table><thead><tr><th>sequence</th><th>tokens</th><th>pages</th><th>shared</th>"
+        f"<th style='text-align:left'>{_swatch(OWN_COLOR)} own {_swatch(SHARED_COLOR)} shared</th></tr></thead>"
+        f"<tbody>{lines}</tbody></table>{more}</div>"
+    )
+
+
+def _bar(own: int, shared: int, full: int) -> str:
+    """Shared pages, then own ones, then nothing, as parts of `full`."""
+    parts = "".join(
+        f"<span style='display:inline-block;height:1em;width:{100 * pages / full:.4g}%;background:{color}'></span>"
+        for pages, color in ((shared, SHARED_COLOR), (own, OWN_COLOR))
+        if pages
+    )
+    return f"<div style='background:#8883;height:1em;line-height:0;white-space:nowrap'>{parts}</div>"
+
+
+def _swatch(color: str) -> str:
+    return f"<span style='display:inline-block;width:1em;height:1em;background:{color}'></span>"

@@ -47,7 +47,7 @@ class PagePool:
         self.max_length = max_pages_per_sequence * page_size
         self.owners = np.zeros(num_pages, np.int32)
         self.moment = 0
-        self._owners = memoryview(self.owners)  # the same counts, quicker to read one by one
+        self._owners = self.owners.data  # the same counts, quicker to read one by one
         self._stale_since = np.zeros(num_pages, np.int64)
         self._free = array("i", np.arange(num_pages - 1, -1, -1, dtype=np.int32).tobytes())  # page 0 goes first
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -88,18 +89,18 @@ def decode_tiled(call: Call, softmax_scale: float, causal: bool, sm_count: int =
     scale_log2 = np.float32(softmax_scale * math.log2(math.e))
     partials: dict[tuple[int, int], list[_Partial]] = {}
     with np.errstate(invalid="ignore", over="ignore", under="ignore", divide="ignore"):
-        for segment in (segment for lane in divide(lengths, grid) for segment in lane):
+        for segment in chain.from_iterable(divide(lengths, grid)):
             unit = partials.setdefault((segment.request, segment.pass_index), [])
             length = lengths[segment.request]
             unit.append(_compute_segment(call, segment, grid, length, scale_log2, causal))
-            if len(unit) == segment.last_lane - segment.first_lane + 1:
-                out_rows, lse_rows = _merge(unit)
-                rows = _pass_rows(call, segment, grid)
-                query, head = np.divmod(np.arange(rows.start, rows.stop), problem.heads)
-                out[segment.request, query, head] = out_rows[: len(rows)]
-                if lse is not None:
-                    lse[segment.request, head, query] = lse_rows[: len(rows)]
-                unit.clear()
+            if len(unit) <= segment.last_lane - segment.first_lane:
+                continue  # lanes that come later share the unit
+            rows = _pass_rows(call, segment, grid)
+            query, head = np.divmod(rows, problem.heads)
+            out_rows, lse_rows = _merge(partials.pop((segment.request, segment.pass_index)))
+            out[segment.request, query, head] = out_rows[: len(rows)]
+            if lse is not None:
+                lse[segment.request, head, query] = lse_rows[: len(rows)]
 
 
 def _compute_segment(
@@ -112,8 +113,8 @@ def _compute_segment(
     keys = _load_keys(call, segment.request, first_key, min(segment.tile_end * TILE_KEYS, length))
     element = as_numpy(call.kv_cache[0]).dtype
 
-    # The last key each row sees; the rows that fill up the last tile see them all.
-    query = np.minimum(np.arange(q.shape[0] * grid.rows) + rows.start, rows.stop - 1) // problem.heads
+    # The last key that each row sees; what fills up the last row tile sees what its last row sees.
+    query = np.minimum(rows[0] + np.arange(q.shape[0] * grid.rows), rows[-1]) // problem.heads
     last_visible = (length - problem.s_q + query).reshape(q.shape[0], grid.rows, 1) if causal else length - 1
 
     top = np.full((*q.shape[:2], 1), -np.inf, np.float32)
@@ -154,16 +155,16 @@ def _merge(partials: list[_Partial]) -> tuple[Floats, Floats]:
     return out.reshape(-1, out.shape[-1]), lse.reshape(-1)
 
 
-def _pass_rows(call: Call, segment: Segment, grid: Grid) -> range:
+def _pass_rows(call: Call, segment: Segment, grid: Grid) -> NDArray[np.int64]:
     """The query rows (query * heads + head) of a segment's pass."""
     size = grid.row_groups * grid.rows
     begin = segment.pass_index * size
-    return range(begin, min(begin + size, call.problem.s_q * call.problem.heads))
+    return np.arange(begin, min(begin + size, call.problem.s_q * call.problem.heads))
 
 
-def _load_q(call: Call, request: int, rows: range, tile_rows: int) -> Floats:
+def _load_q(call: Call, request: int, rows: NDArray[np.int64], tile_rows: int) -> Floats:
     """Query rows as float32 (row tiles, tile_rows, dim); the last tile is filled up with zeros."""
-    query, head = np.divmod(np.arange(rows.start, rows.stop), call.problem.heads)
+    query, head = np.divmod(rows, call.problem.heads)
     parts = [as_numpy(part)[request, query, head].astype(np.float32) for part in call.q]
     q = np.concatenate(parts, axis=-1)
     row_tiles = -(-len(rows) // tile_rows)

@@ -77,8 +77,9 @@ def unit_tiles(seqlen: int) -> int:
 def divide(seqlens: Sequence[int], grid: Grid) -> list[list[Segment]]:
     """Divide the key tiles of all units over the lanes of `grid`; the mirror of the kernel's division.
 
-    Lane l of L takes the tiles [T * l // L, T * (l + 1) // L) of the T tiles in the order (request, pass,
-    tile). With fewer tiles than lanes only the first T lanes work. Returns one list of segments a lane.
+    The T tiles are laid out in the order (request, pass, tile). Of L lanes each takes the next T // L of them,
+    the first T % L lanes one more. With fewer tiles than lanes only the first T lanes work. Returns one list of
+    segments a lane.
     """
     units = [(r, p, unit_tiles(n)) for r, n in enumerate(seqlens) for p in range(grid.passes)]
     total = sum(n for _, _, n in units)
@@ -89,13 +90,20 @@ def divide(seqlens: Sequence[int], grid: Grid) -> list[list[Segment]]:
         first = lane_of(start, total, lanes)
         last = lane_of(start + tiles - 1, total, lanes)
         for lane in range(first, last + 1):
-            begin = max(start, total * lane // lanes) - start
-            end = min(start + tiles, total * (lane + 1) // lanes) - start
+            begin = max(start, lane_begin(lane, total, lanes)) - start
+            end = min(start + tiles, lane_begin(lane + 1, total, lanes)) - start
             work[lane].append(Segment(request, pass_index, begin, end, first, last))
         start += tiles
     return work
 
 
+def lane_begin(lane: int, total: int, lanes: int) -> int:
+    """The first tile of a lane."""
+    return lane * (total // lanes) + min(lane, total % lanes)
+
+
 def lane_of(tile: int, total: int, lanes: int) -> int:
-    """The lane that owns tile `tile` of `total`: the largest l with total * l // lanes <= tile."""
-    return ((tile + 1) * lanes - 1) // total
+    """The lane that owns tile `tile` of `total`."""
+    base, extra = divmod(total, lanes)
+    wide = extra * (base + 1)  # tiles of the lanes that have one more
+    return tile // (base + 1) if tile < wide else extra + (tile - wide) // base

@@ -2,7 +2,7 @@
 // Lane l holds elements (row l / 4, columns 2(l % 4) + {0, 1}) of a matrix in one register.
 #pragma once
 
-#include "mbarrier.cuh"
+#include "hopper/mbarrier.cuh"
 
 namespace hopper {
 

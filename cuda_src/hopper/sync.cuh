@@ -2,7 +2,7 @@
 // "fence.proxy", "atom").
 #pragma once
 
-#include "mbarrier.cuh"
+#include "hopper/mbarrier.cuh"
 
 namespace hopper {
 
@@ -25,6 +25,11 @@ __device__ __forceinline__ bool named_barrier_any(int id, int threads, bool vote
     return any;
 }
 
+// A value that is the same in all threads of a warp, put where the compiler knows it (a uniform register).
+__device__ __forceinline__ int uniform(int value) {
+    return static_cast<int>(__reduce_min_sync(~0u, static_cast<unsigned>(value)));
+}
+
 // Moves registers between warpgroups (PTX manual, "setmaxnreg"); every warp of the warpgroup, once.
 template <int COUNT>
 __device__ __forceinline__ void registers_give_up() {
@@ -42,6 +47,11 @@ __device__ __forceinline__ u32 atomic_add_acq_rel(u32* word, u32 value) {
     u32 old;
     asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(word), "r"(value) : "memory");
     return old;
+}
+
+// Adds without bringing the old value back; everything this thread has seen happen is visible before.
+__device__ __forceinline__ void add_release(u32* word, u32 value) {
+    asm volatile("red.add.release.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
 }
 
 __device__ __forceinline__ u32 load_acquire(const u32* word) {

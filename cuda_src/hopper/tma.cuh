@@ -1,7 +1,7 @@
 // The bulk tensor copy engine (PTX manual, "cp.async.bulk.tensor").
 #pragma once
 
-#include "mbarrier.cuh"
+#include "hopper/mbarrier.cuh"
 
 namespace hopper {
 

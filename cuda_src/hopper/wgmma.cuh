@@ -1,7 +1,7 @@
 // Warpgroup matrix products m64nNk16, both operands in shared memory (PTX manual, "wgmma.mma_async").
 #pragma once
 
-#include "mbarrier.cuh"
+#include "hopper/mbarrier.cuh"
 
 namespace hopper {
 

@@ -1,0 +1,117 @@
+"""The division of work: every tile once, evenly, and every lane knows who shares its unit."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from etap_rt.schedule import (
+    MAX_ROW_GROUPS,
+    ROW_TILES,
+    TILE_KEYS,
+    Grid,
+    divide,
+    lane_begin,
+    lane_of,
+    plan_grid,
+    unit_tiles,
+)
+
+lengths_of_a_batch = st.lists(st.one_of(st.integers(0, 200), st.integers(0, 20_000)), max_size=40)
+grids = st.builds(Grid, st.sampled_from(ROW_TILES), st.integers(1, 8), st.integers(1, 4), st.integers(1, 140))
+
+
+@given(lengths_of_a_batch, grids)
+@example([], Grid(16, 1, 1, 132))
+@example([0], Grid(16, 1, 1, 132))
+@example([64 * 132], Grid(16, 1, 1, 132))
+@example([64 * 132 + 1], Grid(16, 1, 1, 132))
+@example([0] * 500, Grid(16, 1, 1, 132))
+def test_every_tile_of_every_unit_is_computed_exactly_once(lengths: list[int], grid: Grid) -> None:
+    tiles = defaultdict(list)
+    for lane in divide(lengths, grid):
+        for segment in lane:
+            assert segment.tile_begin < segment.tile_end
+            tiles[segment.request, segment.pass_index] += range(segment.tile_begin, segment.tile_end)
+    assert tiles == {
+        (request, pass_index): list(range(unit_tiles(length)))
+        for request, length in enumerate(lengths)
+        for pass_index in range(grid.passes)
+    }
+
+
+@given(lengths_of_a_batch, grids)
+def test_lanes_differ_by_one_tile_at_most(lengths: list[int], grid: Grid) -> None:
+    work = divide(lengths, grid)
+    assert len(work) == grid.lanes
+    loads = [sum(segment.tile_end - segment.tile_begin for segment in lane) for lane in work]
+    assert max(loads) - min(loads) <= 1
+
+
+@given(lengths_of_a_batch, grids)
+def test_segments_name_the_lanes_that_share_their_unit(lengths: list[int], grid: Grid) -> None:
+    sharing = defaultdict(list)
+    segments = []
+    for lane, own in enumerate(divide(lengths, grid)):
+        for segment in own:
+            sharing[segment.request, segment.pass_index].append(lane)
+            segments.append(segment)
+    for segment in segments:
+        lanes = sharing[segment.request, segment.pass_index]
+        assert lanes == list(range(segment.first_lane, segment.last_lane + 1))
+
+
+@given(lengths_of_a_batch, grids)
+def test_a_lane_shares_only_its_first_and_its_last_segment(lengths: list[int], grid: Grid) -> None:
+    """So two partial results are all that a lane may have to leave behind."""
+    for lane, own in enumerate(divide(lengths, grid)):
+        for segment in own[1:-1]:
+            assert segment.first_lane == segment.last_lane == lane
+        assert [(s.request, s.pass_index) for s in own] == sorted({(s.request, s.pass_index) for s in own})
+
+
+@given(st.data())
+def test_lane_of_is_the_inverse_of_lane_begin(data: st.DataObject) -> None:
+    total = data.draw(st.integers(1, 2**31 - 1))
+    lanes = data.draw(st.integers(1, min(total, 200)))
+    lane = data.draw(st.integers(0, lanes - 1))
+    begin, end = lane_begin(lane, total, lanes), lane_begin(lane + 1, total, lanes)
+    tile = data.draw(st.integers(begin, end - 1))
+    assert lane_of(begin, total, lanes) == lane_of(tile, total, lanes) == lane_of(end - 1, total, lanes) == lane
+    assert lane_begin(0, total, lanes) == 0 and lane_begin(lanes, total, lanes) == total
+
+
+@given(st.integers(1, 128 * 16), st.integers(1, 300))
+def test_a_grid_covers_all_rows_and_never_exceeds_the_sms(rows: int, sm_count: int) -> None:
+    grid = plan_grid(rows, sm_count)
+    assert grid.rows in ROW_TILES
+    row_tiles = -(-rows // grid.rows)
+    assert grid.row_groups * grid.passes >= row_tiles
+    assert grid.row_groups * (grid.passes - 1) < row_tiles, "no pass is without rows"
+    assert 1 <= grid.row_groups <= MAX_ROW_GROUPS
+    assert 1 <= grid.lanes and grid.ctas <= sm_count
+
+
+@pytest.mark.parametrize(
+    ("rows", "tile"), [(1, 8), (8, 8), (9, 16), (16, 16), (17, 24), (25, 32), (32, 32), (33, 64), (640, 64)]
+)
+def test_the_smallest_row_tile_that_holds_all_rows_is_taken(rows: int, tile: int) -> None:
+    assert plan_grid(rows, 132).rows == tile
+
+
+def test_up_to_a_tile_of_rows_every_sm_is_a_lane_of_its_own() -> None:
+    assert plan_grid(16, 132) == Grid(rows=16, row_groups=1, passes=1, lanes=132)
+
+
+@pytest.mark.parametrize(("length", "tiles"), [(0, 1), (1, 1), (TILE_KEYS, 1), (TILE_KEYS + 1, 2)])
+def test_a_request_without_keys_still_has_a_tile_of_work(length: int, tiles: int) -> None:
+    assert unit_tiles(length) == tiles
+
+
+@pytest.mark.parametrize(("rows", "sm_count"), [(0, 132), (16, 0)])
+def test_nonsense_is_refused(rows: int, sm_count: int) -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        plan_grid(rows, sm_count)
