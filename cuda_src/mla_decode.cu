@@ -42,6 +42,7 @@ constexpr int OWN_BLOCKS = LATENT_CHUNKS / 2;             // blocks of 64 dims o
 constexpr int COLUMN_GROUPS = ROWS / 8;                   // columns of S^T and O^T come in groups of eight
 constexpr int Q_CHUNK_BYTES = ROWS * CHUNK_DIMS * 2;
 constexpr int P_BYTES = ROWS * TILE_KEYS * 2;
+constexpr int MERGE_PIECES = LATENT_CHUNKS * 4 * COLUMN_GROUPS;  // of 16 dims x 8 columns, what a warp merges at once
 
 constexpr int WARPGROUP = 128;
 constexpr int CONSUMERS = 2 * WARPGROUP;
@@ -49,7 +50,7 @@ constexpr int CONSUMER_WARPS = CONSUMERS / 32;
 constexpr int THREADS = CONSUMERS + WARPGROUP;  // the producer's other warps only lend their registers
 constexpr int PRODUCER_REGISTERS = 24;
 constexpr int CONSUMER_REGISTERS = 240;
-enum Barrier { CONSUMER_BARRIER = 1, WARPGROUP_BARRIER = 2 };  // the latter + warpgroup
+enum Barrier { CONSUMER_BARRIER = 1, QUERY_BARRIER = 2, WARPGROUP_BARRIER = 3 };  // the last + warpgroup
 
 // P may exceed 1 by this many powers of two before the columns are rescaled: fp16 has the room, fp32 sums too.
 constexpr float LAZY_LOG2 = 8.0f;
@@ -61,6 +62,13 @@ struct Statistics {
     float factor[2][ROWS];     // of the rescaling before an even, an odd tile
     float inverse_sum[ROWS];   // at the end of a segment
     int rescale[2];            // whether there is one
+};
+
+// Division by a number that the host knows: q = n * magic / 2^64 with magic = floor(2^64 / d) + 1 is exact for 32-bit n.
+// magic = 0 stands for d = 1.
+struct Divider {
+    u64 magic;
+    __device__ __forceinline__ int operator()(int n) const { return magic ? int(__umul64hi(u64(n), magic)) : n; }
 };
 
 struct Params {
@@ -81,6 +89,7 @@ struct Params {
     i64 lse_strides[3];
     i64 table_stride;
     i64 seqlens_stride;
+    Divider by_heads, by_page_tiles, by_lanes;
     int batch;
     int s_q;
     int heads;
@@ -111,8 +120,8 @@ __device__ __forceinline__ int unit_tiles_of(int seqlen) {
 struct Division {
     int total, lanes, base, extra;
 
-    __device__ __forceinline__ Division(int total_, int lanes_)
-        : total(total_), lanes(min(total_, lanes_)), base(total / lanes), extra(total - base * lanes) {}
+    __device__ __forceinline__ Division(const Params& p, int total_)
+        : total(total_), lanes(min(total_, p.lanes)), base(total_ < p.lanes ? 1 : p.by_lanes(total_)), extra(total - base * lanes) {}
     __device__ __forceinline__ int begin(int lane) const { return lane * base + min(lane, extra); }
     __device__ __forceinline__ int lane_of(int tile) const {
         const int wide = extra * (base + 1);
@@ -137,7 +146,9 @@ struct Walk {
     int tile_begin, tile_end;    // of the segment, within the unit
     int left;                    // tiles of the lane, this segment's included
 
-    __device__ __forceinline__ Walk(const Params& p, const Start& start, const Division& division, int lane) {
+    Walk() = default;
+    __device__ __forceinline__ Walk(const Params& p, const Start& start, int lane) {
+        const Division division(p, start.total);
         left = lane < division.lanes ? division.base + int(lane < division.extra) : 0;
         request = start.request;
         seqlen = start.seqlen;
@@ -176,12 +187,14 @@ struct SharedUnit {
 
 constexpr int SHARED_LIMIT = 232448;
 constexpr int FIXED_BYTES = TILE_CHUNKS * Q_CHUNK_BYTES + 2 * P_BYTES + sizeof(Statistics) + sizeof(Start) +
-                            2 * sizeof(SharedUnit) + 5 * 8;
+                            sizeof(Walk) + 2 * sizeof(SharedUnit) + 5 * 8;
 constexpr int SLOTS = (SHARED_LIMIT - FIXED_BYTES) / (CHUNK_BYTES + 2 * 8);
 // Chunks of tile i + 2 that arrive even while tiles i and i + 1 are held.
 constexpr int EARLY_CHUNKS = SLOTS - 2 * TILE_CHUNKS < 0             ? 0
                              : SLOTS - 2 * TILE_CHUNKS > TILE_CHUNKS ? TILE_CHUNKS
                                                                      : SLOTS - 2 * TILE_CHUNKS;
+// Chunks of a tile that a warpgroup multiplies before it turns to the other's tile.
+constexpr int SPLIT_CHUNKS = (TILE_CHUNKS + 1) / 2 - 1;
 static_assert(SLOTS >= 2 * TILE_CHUNKS - 1, "two tiles have to fit, less the rope chunk that is released early");
 
 struct Shared {
@@ -192,6 +205,7 @@ struct Shared {
     u64 chunk_empty[SLOTS];
     u64 p_full[2];
     Start start;
+    Walk walk;  // of the consumers
     SharedUnit shared_units[2];
     u32 arrivals;  // of a shared unit, as thread 0 saw them last
     Statistics statistics;
@@ -236,7 +250,7 @@ __device__ __forceinline__ void find_start(const Params& p, Start& start, int la
             if (w < t / 32) before += start.warp_sums[w];
             total += start.warp_sums[w];
         }
-        const Division division(total, p.lanes);
+        const Division division(p, total);
         const int target = division.begin(lane);
         if (target >= before && target < before + own) {
             int r = begin, seqlen;
@@ -258,7 +272,7 @@ __device__ __forceinline__ void find_start(const Params& p, Start& start, int la
 // Most batches are even enough that the lane's share of the requests is also where it starts: have the table come closer
 // while the lengths are read.
 __device__ __forceinline__ void prefetch_table(const Params& p, int lane) {
-    const int* row = p.block_table + i64(lane * p.batch / p.lanes) * p.table_stride;
+    const int* row = p.block_table + i64(p.by_lanes(lane * p.batch)) * p.table_stride;
     constexpr int LINE = 32;  // entries
     for (int i = threadIdx.x % 32 * LINE; i < min(p.max_pages, 32 * LINE); i += 32 * LINE) prefetch_l2(row + i);
 }
@@ -268,19 +282,19 @@ __device__ __forceinline__ void prefetch_table(const Params& p, int lane) {
 __device__ __forceinline__ void produce(const Params& p, Shared& s, int lane) {
     const int l = threadIdx.x % 32;
     Place place(0, 0);
-    const Division division(s.start.total, p.lanes);
-    for (Walk walk(p, s.start, division, lane); walk.active(); walk.next(p)) {
+    for (Walk walk(p, s.start, lane); walk.active(); walk.next(p)) {
         const int tiles = walk.key_tiles();
         const int* table = p.block_table + i64(walk.request) * p.table_stride;
         // Each thread of the warp holds the page of one of the next 32 tiles.
-        auto page_of = [&](int i) { return i < tiles ? table[(walk.tile_begin + i) / p.page_tiles] : 0; };
+        auto page_of = [&](int i) { return i < tiles ? table[p.by_page_tiles(walk.tile_begin + i)] : 0; };
         int pages = page_of(l);
         for (int group = 0; group < tiles; group += 32) {
             const int next_pages = page_of(group + 32 + l);
             const int count = min(32, tiles - group);
             for (int i = 0; i < count; ++i) {
                 const int page = __shfl_sync(~0u, pages, i);
-                const int token = (walk.tile_begin + group + i) % p.page_tiles * TILE_KEYS;
+                const int tile = walk.tile_begin + group + i;
+                const int token = (tile - p.by_page_tiles(tile) * p.page_tiles) * TILE_KEYS;
                 if (l == 0) {
 #pragma unroll
                     for (int j = 0; j < TILE_CHUNKS; ++j) {
@@ -422,7 +436,7 @@ struct Consumer {
     }
 
     // Takes the column maxima of the tile into the reference and rescales what has been accumulated.
-    __device__ __forceinline__ void move_reference(int tile, float (&reference)[COLUMN_GROUPS][2]) {
+    __device__ __forceinline__ void move_reference(int tile) {
         Statistics& st = s.statistics;
         float* warp_max = reinterpret_cast<float*>(st.warp_max);
 #pragma unroll
@@ -441,23 +455,23 @@ struct Consumer {
             for (int e = 0; e < 2; ++e) {
                 const int n = column(g, e);
                 const float4 m = st.warp_max[n];
-                const float old = reference[g][e];
+                const float old = tile == 0 ? NEG_INF : st.reference[warpgroup ^ 1][n];
                 const float grown = fmaxf(fmaxf(fmaxf(m.x, m.y), fmaxf(m.z, m.w)), old);
                 const float factor = grown == old ? 1.0f : exp2_approx(old - grown);
                 if (tile > 0) scale_column(g, e, factor);
-                reference[g][e] = grown;
                 if (warp == 0 && lane < 4) {
                     st.reference[warpgroup][n] = grown;
                     st.factor[warpgroup][n] = factor;
                 }
             }
         if (threadIdx.x % WARPGROUP == 0) st.rescale[warpgroup] = 1;
+        named_barrier(WARPGROUP_BARRIER + warpgroup, WARPGROUP);
     }
 
-    // Softmax of a finished S^T, published as P^T. On return the previous tile's products are complete too.
-    __device__ __forceinline__ void publish_weights(int tile, int first_key, int seqlen, const RowTile& rows) {
+    // Softmax of a finished S^T, published as P^T. No product may be running.
+    __device__ __forceinline__ void publish_weights(int tile, int first_key, int seqlen, int first_row) {
         Statistics& st = s.statistics;
-        const int limit = p.causal ? seqlen - p.s_q + 1 + rows.first / p.heads : seqlen;  // of the first row
+        const int limit = p.causal ? seqlen - p.s_q + 1 + p.by_heads(first_row) : seqlen;  // of the first row
 #pragma unroll
         for (int i = 0; i < ROWS / 2; ++i) x[i] *= p.scale_log2;
         if (first_key + TILE_KEYS > min(limit, seqlen)) {
@@ -466,30 +480,28 @@ struct Consumer {
             for (int g = 0; g < COLUMN_GROUPS; ++g)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    const int row = rows.first + column(g, e);
-                    const int seen = p.causal ? min(seqlen, seqlen - p.s_q + 1 + row / p.heads) : seqlen;
+                    const int row = first_row + column(g, e);
+                    const int seen = p.causal ? min(seqlen, seqlen - p.s_q + 1 + p.by_heads(row)) : seqlen;
                     if (key + (e < 2 ? 0 : 8) >= seen) x[g * 4 + e] = NEG_INF;
                 }
         }
-        // The reference as the other warpgroup left it at the tile before.
-        float reference[COLUMN_GROUPS][2];
+        // The reference as the other warpgroup left it at the tile before. Read again below: registers are for O^T.
+        const float* reference = st.reference[warpgroup ^ 1];
         bool excess = tile == 0;
+        if (tile > 0) {
 #pragma unroll
-        for (int g = 0; g < COLUMN_GROUPS; ++g)
+            for (int g = 0; g < COLUMN_GROUPS; ++g)
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                reference[g][e] = tile == 0 ? NEG_INF : st.reference[warpgroup ^ 1][column(g, e)];
-                excess |= fmaxf(x[g * 4 + e], x[g * 4 + e + 2]) > reference[g][e] + LAZY_LOG2;
-            }
-        if (tile > 0) excess = named_barrier_any(WARPGROUP_BARRIER + warpgroup, WARPGROUP, excess);
-        wgmma_wait<0>();
-        pin_output();
-        if (tile > 0) release_own_blocks(tile - 1);
+                for (int e = 0; e < 2; ++e)
+                    excess |= fmaxf(x[g * 4 + e], x[g * 4 + e + 2]) > reference[column(g, e)] + LAZY_LOG2;
+            excess = named_barrier_any(WARPGROUP_BARRIER + warpgroup, WARPGROUP, excess);
+        }
         if (excess) {
-            move_reference(tile, reference);
+            move_reference(tile);
+            reference = st.reference[warpgroup];
         } else {
             const int n = threadIdx.x % WARPGROUP;
-            if (n < ROWS) st.reference[warpgroup][n] = st.reference[warpgroup ^ 1][n];
+            if (n < ROWS) st.reference[warpgroup][n] = reference[n];
             if (n == 0) st.rescale[warpgroup] = 0;
         }
 
@@ -499,7 +511,7 @@ struct Consumer {
             float w[4];
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const float m = reference[g][e % 2];
+                const float m = reference[column(g, e)];
                 w[e] = exp2_approx(x[g * 4 + e] - (m == NEG_INF ? 0.0f : m));
                 sums[g][e % 2] += w[e];
             }
@@ -514,7 +526,7 @@ struct Consumer {
     }
 
     // All key tiles of a segment; tile indices count from its start.
-    __device__ __forceinline__ void run_tiles(const Walk& walk, const RowTile& rows) {
+    __device__ __forceinline__ void run_tiles(const Walk& walk, int first_row) {
         const int tiles = uniform(walk.key_tiles());
         const int tail = walk.ends() ? walk.seqlen - (walk.unit_tiles - 1) * TILE_KEYS : TILE_KEYS;  // keys of the last
         auto accumulate = [&](int i) {
@@ -523,25 +535,25 @@ struct Consumer {
             issue_output(i);
         };
         for (int i = warpgroup; i < tiles; i += 2) {
-            // The products of tile i - 2 run on while the first chunks of tile i are multiplied; the others may have to
-            // wait until tile i - 2 has left the ring.
-            if constexpr (EARLY_CHUNKS > 0) issue_scores<0, EARLY_CHUNKS>(i);
+            // The first chunks, then the tile before: its P^T comes out while they arrive, and its chunks are wanted back.
+            if constexpr (EARLY_CHUNKS >= SPLIT_CHUNKS) issue_scores<0, SPLIT_CHUNKS>(i);
             if (i > 1) {
-                wgmma_wait<(EARLY_CHUNKS > 0 ? 1 : 0)>();
+                wgmma_wait<(EARLY_CHUNKS >= SPLIT_CHUNKS ? 1 : 0)>();
                 pin_output();
                 release_own_blocks(i - 2);
             }
-            if constexpr (EARLY_CHUNKS < TILE_CHUNKS) issue_scores<EARLY_CHUNKS, TILE_CHUNKS>(i);
-            if (i > 0) {
-                accumulate(i - 1);
-                wgmma_wait<1>();
-            } else {
-                wgmma_wait<0>();
-            }
+            if constexpr (EARLY_CHUNKS < SPLIT_CHUNKS) issue_scores<0, SPLIT_CHUNKS>(i);
+            if (i > 0) accumulate(i - 1);
+            wgmma_wait<0>();
+            pin_output();
+            pin(x);
+            if (i > 0) release_own_blocks(i - 1);
+            issue_scores<SPLIT_CHUNKS, TILE_CHUNKS>(i);
+            wgmma_wait<0>();
             pin(x);
 #pragma unroll
             for (int j = 0; j < ROPE_CHUNKS; ++j) release(place_of(i).ahead(j));
-            publish_weights(i, (walk.tile_begin + i) * TILE_KEYS, walk.seqlen, rows);
+            publish_weights(i, (walk.tile_begin + i) * TILE_KEYS, walk.seqlen, first_row);
             accumulate(i);
         }
         const bool own_last = (tiles - 1 & 1) == warpgroup;
@@ -558,10 +570,12 @@ struct Consumer {
         chunk += u32(tiles) * TILE_CHUNKS;
     }
 
-    // Starts with nothing accumulated.
-    __device__ __forceinline__ void clear() {
+    __device__ __forceinline__ void clear_sums() {
 #pragma unroll
         for (int g = 0; g < COLUMN_GROUPS; ++g) sums[g][0] = sums[g][1] = 0.0f;
+    }
+
+    __device__ __forceinline__ void clear_output() {
 #pragma unroll
         for (int b = 0; b < OWN_BLOCKS; ++b)
 #pragma unroll
@@ -569,11 +583,11 @@ struct Consumer {
     }
 
     // Query rows to shared memory: chunk j, row n at n * 128 bytes, 16-byte pieces swizzled by the row. A warp takes
-    // every eighth row. The copies of this thread may still run on return.
+    // every fourth row. The copies of this thread may still run on return.
     __device__ __forceinline__ void load_queries(int request, const RowTile& rows) {
         const u32 base = shared_address(s.q);
-        for (int n = threadIdx.x / 32; n < ROWS; n += CONSUMER_WARPS) {
-            const int row = rows.first + n, token = row / p.heads, head = row - token * p.heads;
+        for (int n = warp; n < ROWS; n += 4) {
+            const int row = rows.first + n, token = p.by_heads(row), head = row - token * p.heads;
             const u16* latent = p.q_latent + request * p.q_strides[0] + token * p.q_strides[1] + head * p.q_strides[2];
             const u16* rope = p.q_rope + request * p.q_rope_strides[0] + token * p.q_rope_strides[1] +
                               head * p.q_rope_strides[2];
@@ -603,8 +617,8 @@ __device__ __forceinline__ void store_outputs(const Params& p, int request, cons
     const int n = group * 8 + lane / 4;
     if (n < rows.count) {
         const int row = rows.first + n;
-        u16* target = p.out + request * p.out_strides[0] + row / p.heads * p.out_strides[1] +
-                      row % p.heads * p.out_strides[2] + first_dim + lane % 4 * 2;
+        u16* target = p.out + request * p.out_strides[0] + p.by_heads(row) * p.out_strides[1] +
+                      (row - p.by_heads(row) * p.heads) * p.out_strides[2] + first_dim + lane % 4 * 2;
         *reinterpret_cast<u32*>(target) = low;
         *reinterpret_cast<u32*>(target + 8) = high;
     }
@@ -615,7 +629,7 @@ __device__ __forceinline__ void store_lse(const Params& p, int request, const Ro
     constexpr float LN_2 = 0.6931471805599453f;
     if (n < rows.count && p.lse) {
         const int row = rows.first + n;
-        p.lse[request * p.lse_strides[0] + row % p.heads * p.lse_strides[1] + row / p.heads * p.lse_strides[2]] =
+        p.lse[request * p.lse_strides[0] + (row - p.by_heads(row) * p.heads) * p.lse_strides[1] + p.by_heads(row) * p.lse_strides[2]] =
             sum > 0.0f ? (reference + log2_approx(sum)) * LN_2 : sum == 0.0f ? NEG_INF : sum;
     }
 }
@@ -635,10 +649,22 @@ __device__ __forceinline__ int partial_index(int slot, int block, int warp, int 
 }
 
 // Ends a segment: the sums of both warpgroups come together, then O^T goes out as the result or as a partial result.
-__device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, const RowTile& rows, int lane,
-                                               int row_group) {
+__device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, int lane, int row_group) {
     const Params& p = c.p;
     Shared& s = c.s;
+    const RowTile rows = row_tile_of(p, walk.pass, row_group);
+    const bool whole = walk.starts() && walk.ends();
+    const int slot = partial_slot(p, lane, walk.starts(), row_group);
+    if (!whole) {
+        float4* target = p.partials + i64(partial_index(slot, c.warpgroup * OWN_BLOCKS, c.warp, 0)) * 32 + c.lane;
+#pragma unroll
+        for (int g = 0; g < COLUMN_GROUPS; ++g)
+#pragma unroll
+            for (int b = 0; b < OWN_BLOCKS; ++b) {
+                const float* v = &c.o[b][g * 4];
+                target[(b * 4 * COLUMN_GROUPS + g) * 32] = make_float4(v[0], v[1], v[2], v[3]);
+            }
+    }
     // Q is not needed any more: every score of the segment was published before this point.
     float(*warp_sums)[ROWS] = reinterpret_cast<float(*)[ROWS]>(s.q);
 #pragma unroll
@@ -651,8 +677,6 @@ __device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, co
             if (c.lane < 4) warp_sums[threadIdx.x / 32][c.column(g, e)] = sum;
         }
     named_barrier(CONSUMER_BARRIER, CONSUMERS);
-    const bool whole = walk.starts() && walk.ends();
-    const int slot = partial_slot(p, lane, walk.starts(), row_group);
     if (threadIdx.x < ROWS) {
         const int n = threadIdx.x;
         float sum = 0.0f;
@@ -666,25 +690,16 @@ __device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, co
             p.partial_stats[i64(slot) * ROWS + n] = make_float2(reference, sum);
         }
     }
-    if (!whole) {
-        float4* target = p.partials + i64(partial_index(slot, c.warpgroup * OWN_BLOCKS, c.warp, 0)) * 32 + c.lane;
+    if (whole) {
+        named_barrier(CONSUMER_BARRIER, CONSUMERS);
 #pragma unroll
-        for (int g = 0; g < COLUMN_GROUPS; ++g)
+        for (int g = 0; g < COLUMN_GROUPS; ++g) {
+            const float even = s.statistics.inverse_sum[c.column(g, 0)], odd = s.statistics.inverse_sum[c.column(g, 1)];
 #pragma unroll
-            for (int b = 0; b < OWN_BLOCKS; ++b) {
-                const float* v = &c.o[b][g * 4];
-                target[(b * 4 * COLUMN_GROUPS + g) * 32] = make_float4(v[0], v[1], v[2], v[3]);
-            }
-        return;
-    }
-    named_barrier(CONSUMER_BARRIER, CONSUMERS);
-#pragma unroll
-    for (int g = 0; g < COLUMN_GROUPS; ++g) {
-        const float even = s.statistics.inverse_sum[c.column(g, 0)], odd = s.statistics.inverse_sum[c.column(g, 1)];
-#pragma unroll
-        for (int b = 0; b < OWN_BLOCKS; ++b)
-            store_outputs(p, walk.request, rows, g, (c.warpgroup * OWN_BLOCKS + b) * CHUNK_DIMS + c.warp * 16,
-                          &c.o[b][g * 4], even, odd);
+            for (int b = 0; b < OWN_BLOCKS; ++b)
+                store_outputs(p, walk.request, rows, g, (c.warpgroup * OWN_BLOCKS + b) * CHUNK_DIMS + c.warp * 16,
+                              &c.o[b][g * 4], even, odd);
+        }
     }
 }
 
@@ -705,12 +720,11 @@ struct Merged {
 __device__ __forceinline__ void merge_members(const Params& p, const SharedUnit& unit, int row_group, int piece, int from,
                                               int to, Merged& m) {
     constexpr int BATCH = 8;  // members whose loads are in flight together
-    constexpr int PIECES = LATENT_CHUNKS * 4 * COLUMN_GROUPS;
     const int lane = threadIdx.x % 32, group = piece % COLUMN_GROUPS;
     const float4* partials = p.partials + piece * 32 + lane;
     const float2* partial_stats = p.partial_stats + group * 8 + lane % 4 * 2;
-#pragma unroll 1
-    for (int base = from; base < to; base += BATCH) {
+    int base = from;
+    do {
         float4 v[BATCH], stats[BATCH];
         float top[2] = {m.reference[0], m.reference[1]};
 #pragma unroll
@@ -719,7 +733,7 @@ __device__ __forceinline__ void merge_members(const Params& p, const SharedUnit&
             stats[i] = make_float4(NEG_INF, 0, NEG_INF, 0);
             if (base + i < to) {
                 const int slot = partial_slot(p, unit.first_lane + base + i, base + i == 0, row_group);
-                v[i] = load_shared_by_ctas(partials + i64(slot) * PIECES * 32);
+                v[i] = load_shared_by_ctas(partials + i64(slot) * MERGE_PIECES * 32);
                 stats[i] = load_shared_by_ctas(reinterpret_cast<const float4*>(partial_stats + i64(slot) * ROWS));
             }
         }
@@ -747,55 +761,63 @@ __device__ __forceinline__ void merge_members(const Params& p, const SharedUnit&
             m.sum[0] += stats[i].y * even;
             m.sum[1] += stats[i].w * odd;
         }
-    }
+        base += BATCH;
+    } while (base < to);
 }
 
 // The part of a shared unit that falls to member `member`: pieces member, member + members, ... of the unit's
-// (block, warp, column group) pieces. With few pieces several warps divide the members of one among them.
-__device__ __forceinline__ void merge_part(const Params& p, Shared& s, const SharedUnit& unit, int row_group, int member) {
-    constexpr int PIECES = LATENT_CHUNKS * 4 * COLUMN_GROUPS;
-    const RowTile rows = row_tile_of(p, unit.pass, row_group);
-    const int own = (PIECES - member + unit.members - 1) / unit.members;
-    const int helpers = own > 4 ? 1 : own > 2 ? 2 : own > 1 ? 4 : 8;
+// (block, warp, column group) pieces. With few pieces several warps divide the members of one among them. A rehearsal goes
+// through the same instructions, but reads and writes nothing that others see.
+__device__ __forceinline__ void merge_part(const Params& p, Shared& s, const SharedUnit& unit, int row_group, int member,
+                                           bool rehearsal) {
+    const int members = unit.members;
+    RowTile rows = row_tile_of(p, unit.pass, row_group);
+    if (rehearsal) rows.count = 0;
+    const int share_log2 = member + 4 * members < MERGE_PIECES ? 0 : member + 2 * members < MERGE_PIECES ? 1 : member + members < MERGE_PIECES ? 2 : 3;
+    const int helpers = 1 << share_log2;  // warps that divide a piece
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int helper = warp % helpers, stride = CONSUMER_WARPS / helpers;
+    const int helper = warp % helpers;
     // The ring is idle: its first slots carry the helpers' shares.
     Merged(*shares)[32] = reinterpret_cast<Merged(*)[32]>(s.ring);
-    for (int first = 0; first < own; first += stride) {
-        const int index = first + warp / helpers;
-        const int piece = member + index * unit.members;
+#pragma unroll 1
+    for (int first = member; first < MERGE_PIECES; first += (CONSUMER_WARPS >> share_log2) * members) {
+        const int piece = first + (warp >> share_log2) * members;
         const int group = piece % COLUMN_GROUPS, block = piece / (4 * COLUMN_GROUPS), row_warp = piece / COLUMN_GROUPS % 4;
         Merged m = {{0, 0, 0, 0}, {NEG_INF, NEG_INF}, {0, 0}};
-        if (index < own)
-            merge_members(p, unit, row_group, piece, unit.members * helper / helpers,
-                          unit.members * (helper + 1) / helpers, m);
+        merge_members(p, unit, row_group, piece, members * helper >> share_log2,
+                      piece < MERGE_PIECES && !rehearsal ? members * (helper + 1) >> share_log2 : 0, m);
         if (helpers > 1) {
-            named_barrier(CONSUMER_BARRIER, CONSUMERS);
-            shares[warp][lane] = m;
-            named_barrier(CONSUMER_BARRIER, CONSUMERS);
-            if (helper == 0 && index < own) {
-                float top[2] = {m.reference[0], m.reference[1]};
-                for (int h = 1; h < helpers; ++h)
-                    for (int e = 0; e < 2; ++e) top[e] = fmaxf(top[e], shares[warp + h][lane].reference[e]);
-                Merged all = {{0, 0, 0, 0}, {top[0], top[1]}, {0, 0}};
+            if (!rehearsal) {
+                named_barrier(CONSUMER_BARRIER, CONSUMERS);
+                shares[warp][lane] = m;
+                named_barrier(CONSUMER_BARRIER, CONSUMERS);
+            }
+            if (helper == 0) {
+                Merged all = {{0, 0, 0, 0}, {NEG_INF, NEG_INF}, {0, 0}};
+#pragma unroll 1
                 for (int h = 0; h < helpers; ++h) {
                     const Merged& share = shares[warp + h][lane];
-                    float weight[2];
-                    for (int e = 0; e < 2; ++e)
-                        weight[e] = share.reference[e] == NEG_INF ? 0.0f : exp2_approx(share.reference[e] - top[e]);
-                    for (int e = 0; e < 4; ++e) all.v[e] += share.v[e] * weight[e % 2];
-                    for (int e = 0; e < 2; ++e) all.sum[e] += share.sum[e] * weight[e];
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        const float top = fmaxf(all.reference[e], share.reference[e]), safe = top == NEG_INF ? 0.0f : top;
+                        const float keep = exp2_approx(all.reference[e] - safe), add = exp2_approx(share.reference[e] - safe);
+                        all.v[e] = all.v[e] * keep + share.v[e] * add;
+                        all.v[e + 2] = all.v[e + 2] * keep + share.v[e + 2] * add;
+                        all.sum[e] = all.sum[e] * keep + share.sum[e] * add;
+                        all.reference[e] = top;
+                    }
                 }
                 m = all;
             }
         }
-        if (helper == 0 && index < own) {
+        if (helper == 0 && piece < MERGE_PIECES) {
             store_outputs(p, unit.request, rows, group, block * CHUNK_DIMS + row_warp * 16, m.v,
                           m.sum[0] == 0.0f ? 0.0f : 1.0f / m.sum[0], m.sum[1] == 0.0f ? 0.0f : 1.0f / m.sum[1]);
             if (block == 0 && row_warp == 0 && lane < 4)
                 for (int e = 0; e < 2; ++e)
                     store_lse(p, unit.request, rows, group * 8 + lane * 2 + e, m.reference[e], m.sum[e]);
         }
+        if (rehearsal) break;
     }
 }
 
@@ -806,34 +828,40 @@ constexpr u32 GAVE_UP = 0x10000;
 // After a CTA's own segments. Everybody merges its part as soon as all members have arrived. A member that waits too long
 // (the others may not even be running, when something else occupies their SMs) leaves its part to those who see the
 // arrivals complete. The last to arrive always does, so whatever else the GPU does, somebody gets everything done.
-__device__ __forceinline__ void meet_and_merge(const Params& p, Shared& s, const SharedUnit& unit, int lane, int row_group) {
-    const int member = lane - unit.first_lane;
+__device__ __forceinline__ void meet_and_merge(const Params& p, Shared& s, const SharedUnit& unit, int lane, int row_group,
+                                               bool rehearsal) {
+    const int member = rehearsal ? 0 : lane - unit.first_lane;
     const u32 members = unit.members;
     u32* arrivals = counter_of(p, unit.first_lane, row_group);
-    if (threadIdx.x == 0) {
-        const i64 start = clock64();
-        u32 seen = load_acquire(arrivals);
-        while ((seen & ARRIVED) != members) {
-            if (clock64() - start > p.patience) {
-                counter_of(p, lane, row_group)[2] = 1;
-                seen = atomic_add_acq_rel(arrivals, GAVE_UP);
-                break;
-            }
-            seen = load_acquire(arrivals);
-        }
-        s.arrivals = seen;
-    }
-    named_barrier(CONSUMER_BARRIER, CONSUMERS);
-    const u32 seen = s.arrivals;
-    const bool complete = (seen & ARRIVED) == members, abandoned = complete && seen >= GAVE_UP;
+    bool complete = true, abandoned = false;
     u32 left_before = 0;
-    if (threadIdx.x == 0 && !abandoned) left_before = atomic_add_acq_rel(arrivals + 1, 1);
+    if (!rehearsal) {
+        if (threadIdx.x == 0) {
+            const i64 start = clock64();
+            u32 seen = load_acquire(arrivals);
+            while ((seen & ARRIVED) != members) {
+                if (clock64() - start > p.patience) {
+                    counter_of(p, lane, row_group)[2] = 1;
+                    seen = atomic_add_acq_rel(arrivals, GAVE_UP);
+                    break;
+                }
+                seen = load_acquire(arrivals);
+            }
+            s.arrivals = seen;
+        }
+        named_barrier(CONSUMER_BARRIER, CONSUMERS);
+        complete = (s.arrivals & ARRIVED) == members;
+        abandoned = complete && s.arrivals >= GAVE_UP;
+        if (threadIdx.x == 0 && !abandoned) left_before = atomic_add_acq_rel(arrivals + 1, 1);
+    }
     if (complete)
+#pragma unroll 1
         for (int part = abandoned ? 0 : member; part < int(members); ++part) {
             const volatile u32* gave_up = counter_of(p, unit.first_lane + part, row_group) + 2;
-            if (part == member || *gave_up) merge_part(p, s, unit, row_group, part);
+            if (part == member || *gave_up) merge_part(p, s, unit, row_group, part, rehearsal);
             if (!abandoned) break;
         }
+    if (rehearsal) return;
     named_barrier(CONSUMER_BARRIER, CONSUMERS);
     if (threadIdx.x == 0) {
         if (abandoned) left_before = atomic_add_acq_rel(arrivals + 1, 1);
@@ -849,32 +877,50 @@ __device__ __forceinline__ void meet_and_merge(const Params& p, Shared& s, const
 
 __device__ __forceinline__ void consume(const Params& p, Shared& s, int lane, int row_group) {
     Consumer c(p, s);
-    const Division division(s.start.total, p.lanes);
     // A lane shares at most two units: the one it starts in the middle of and the one it does not finish.
     int shared_units = 0;
-    for (Walk walk(p, s.start, division, lane); walk.active(); walk.next(p)) {
-        const RowTile rows = row_tile_of(p, walk.pass, row_group);
-        const bool whole = walk.starts() && walk.ends();
-        c.load_queries(walk.request, rows);
-        c.clear();
-        const int first_lane = division.lane_of(walk.unit_begin);
-        if (!whole && threadIdx.x == 0)
-            s.shared_units[shared_units] = {walk.request, walk.pass, first_lane,
-                                            division.lane_of(walk.unit_begin + walk.unit_tiles - 1) - first_lane + 1};
-        copy_wait_all();
-        fence_async_proxy();
-        named_barrier(CONSUMER_BARRIER, CONSUMERS);
-        if (walk.key_tiles() > 0) c.run_tiles(walk, rows);
-        finish_segment(c, walk, rows, lane, row_group);
-        named_barrier(CONSUMER_BARRIER, CONSUMERS);
-        if (!whole) {
-            // The barrier ordered everyone's partial results before this arrival.
-            if (threadIdx.x == 0) add_release(counter_of(p, s.shared_units[shared_units].first_lane, row_group), 1);
-            ++shared_units;
-        }
-    }
+    // Warpgroup 1 has nothing to do until the second tile is there. It goes through the merge without touching memory, so
+    // that its instructions are at hand when everybody waits for them.
+    bool rehearsal = ROWS <= 32 && c.warpgroup == 1;
 #pragma unroll 1
-    for (int i = 0; i < shared_units; ++i) meet_and_merge(p, s, s.shared_units[i], lane, row_group);
+    for (;; rehearsal = false) {
+        if (!rehearsal)
+            for (Walk walk(p, s.start, lane); walk.active(); walk.next(p)) {
+                const RowTile rows = row_tile_of(p, walk.pass, row_group);
+                c.clear_sums();
+                if (c.warpgroup == 0) {
+                    if (threadIdx.x == 0) s.walk = walk;  // out of the way of the accumulators
+                    c.load_queries(walk.request, rows);
+                    copy_wait_all();
+                    fence_async_proxy();
+                    named_barrier_arrive(QUERY_BARRIER, CONSUMERS);
+                    named_barrier(WARPGROUP_BARRIER, WARPGROUP);
+                } else {
+                    if (!(walk.starts() && walk.ends()) && threadIdx.x == WARPGROUP) {
+                        const Division division(p, s.start.total);
+                        const int first = division.lane_of(walk.unit_begin);
+                        s.shared_units[shared_units] = {walk.request, walk.pass, first,
+                                                        division.lane_of(walk.unit_begin + walk.unit_tiles - 1) - first + 1};
+                    }
+                    named_barrier(QUERY_BARRIER, CONSUMERS);
+                }
+                c.clear_output();
+                if (walk.key_tiles() > 0) c.run_tiles(walk, rows.first);
+                walk = s.walk;
+                finish_segment(c, walk, lane, row_group);
+                named_barrier(CONSUMER_BARRIER, CONSUMERS);
+                if (!(walk.starts() && walk.ends())) {
+                    // The barrier ordered everyone's partial results before this arrival.
+                    if (threadIdx.x == 0) add_release(counter_of(p, s.shared_units[shared_units].first_lane, row_group), 1);
+                    ++shared_units;
+                }
+            }
+#pragma unroll 1
+        for (int i = 0; i < (rehearsal ? 1 : shared_units); ++i)
+            meet_and_merge(p, s, rehearsal ? SharedUnit{0, 0, 0, MERGE_PIECES} : s.shared_units[i], lane, row_group,
+                           rehearsal);
+        if (!rehearsal) break;
+    }
 }
 
 // Grid: lanes * row_groups CTAs; CTA = lane * row_groups + row group. Dynamic shared memory: sizeof(Shared).
@@ -883,14 +929,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
     Shared& s = *reinterpret_cast<Shared*>(memory);
     const int lane = blockIdx.x / p.row_groups, row_group = blockIdx.x % p.row_groups;
 
-    if (threadIdx.x == CONSUMERS) {
-        tma_prefetch_map(&p.latent_map);
-        tma_prefetch_map(&p.rope_map);
-        for (int i = 0; i < SLOTS; ++i) {
+    if (threadIdx.x / 32 == CONSUMER_WARPS) {
+        const int l = threadIdx.x % 32;
+        if (l < 2) tma_prefetch_map(l ? &p.rope_map : &p.latent_map);
+        for (int i = l; i < SLOTS; i += 32) {
             mbarrier_init(shared_address(&s.chunk_full[i]), 1);
             mbarrier_init(shared_address(&s.chunk_empty[i]), 4);
         }
-        for (int w = 0; w < 2; ++w) mbarrier_init(shared_address(&s.p_full[w]), 4);
+        if (l < 2) mbarrier_init(shared_address(&s.p_full[l]), 4);
         mbarrier_init_fence();
     }
     if (threadIdx.x / 32 == CONSUMER_WARPS + 1) prefetch_table(p, lane);

@@ -101,8 +101,9 @@ def _demo_as_lines(result: demo.Demo) -> Iterator[str]:
     yield f"  lse error   {accuracy.lse_error:.2e} (accepted: {demo.ACCEPTED_LSE_ERROR:.0e})"
     runs = f"median of {len(result.times_us)} ({min(result.times_us):,.1f} to {max(result.times_us):,.1f})"
     yield f"  time        {result.time_us:,.1f} us a call, {runs}" + ("" if result.no_gpu else ", L2 cache cleaned")
-    yield f"  memory      {result.tb_per_s:.3g} TB/s of cache read"
-    yield f"  arithmetic  {result.tflop_per_s:.3g} TFLOP/s"
+    factor, prefix = (1e3, "G") if result.no_gpu else (1, "T")
+    yield f"  memory      {result.tb_per_s * factor:.3g} {prefix}B/s of cache read"
+    yield f"  arithmetic  {result.tflop_per_s * factor:.3g} {prefix}FLOP/s"
     yield ""
     if result.kernels:
         yield f"Compiled {len(result.kernels)} decode kernels for {compiler.ARCH}, ready for a machine with a GPU."

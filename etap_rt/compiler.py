@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import secrets
@@ -24,8 +25,8 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,18 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
+class _Job:
+    """Everything that decides the machine code of a kernel."""
+
+    key: str  # of the disk cache
+    spec: KernelSpec
+    arch: str
+    options: tuple[str, ...]
+    source: bytes
+    headers: dict[str, bytes]
+
+
+@dataclass(frozen=True, slots=True)
 class CacheEntry:
     """A kernel in the disk cache."""
 
@@ -114,33 +127,40 @@ def compile_spec(spec: KernelSpec, arch: str = ARCH) -> Compiled:
 
     Raises CompileError with NVRTC's log, or UnsupportedError when NVRTC is missing or too old.
     """
-    nvrtc = _nvrtc()
-    source, headers = _read_sources(source_directory(), spec.source)
-    options = _options(spec, arch)
-    key = _key(spec, options, nvrtc.getVersion(), source, headers)
-    with _compiling.setdefault(key, threading.Lock()):
-        compiled = _compiled.get(key)
-        if compiled is None:
-            compiled = _read_entry(key, spec, arch)
-        if compiled is None:
-            compiled = _write_entry(key, _compile(nvrtc, spec, arch, options, source, headers))
-        _compiled[key] = compiled
-    return compiled
+    job = _job(spec, arch)
+    with _compiling.setdefault(job.key, threading.Lock()):
+        return _find(job) or _keep(job, _compile(job))
 
 
 def compile_specs(
     specs: Sequence[KernelSpec], arch: str = ARCH, finished: Callable[[Compiled], None] = lambda compiled: None
 ) -> list[Compiled]:
-    """compile_spec of each, several at a time. `finished` is told of each as it is done, from this thread."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [pool.submit(compile_spec, spec, arch) for spec in specs]
-        try:
-            for job in as_completed(jobs):
-                finished(job.result())
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return [job.result() for job in jobs]
+    """compile_spec of many. `finished` is told of each, in the order in which they are done.
+
+    NVRTC compiles one kernel at a time in a process, so this starts others if there is more than one to compile. As
+    always with multiprocessing, a script that calls this does so under `if __name__ == "__main__"`.
+    """
+    jobs = [_job(spec, arch) for spec in specs]
+    missing = []
+    for job in jobs:
+        compiled = _find(job)
+        if compiled is None:
+            missing.append(job)
+        else:
+            finished(compiled)
+    if len(missing) == 1:
+        finished(_keep(missing[0], _compile(missing[0])))
+    elif missing:
+        workers = min(len(missing), os.cpu_count() or 1)
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            running = {pool.submit(_compile, job): job for job in missing}
+            try:
+                for future in as_completed(running):
+                    finished(_keep(running[future], future.result()))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    return [_compiled[job.key] for job in jobs]
 
 
 def build_report(compiled: Compiled) -> Report:
@@ -239,10 +259,12 @@ def _nvrtc() -> Any:
     return nvrtc
 
 
-def _options(spec: KernelSpec, arch: str) -> tuple[str, ...]:
-    """What NVRTC is told. Line numbers for profilers change nothing in the machine code."""
+def _job(spec: KernelSpec, arch: str) -> _Job:
     defines = (f"-D{name}={value}" for name, value in spec.defines)
-    return (f"-arch={arch}", "-std=c++17", "-default-device", "-lineinfo", "--ptxas-options=-v", *defines)
+    # Line numbers, for profilers, change nothing in the machine code.
+    options = (f"-arch={arch}", "-std=c++17", "-default-device", "-lineinfo", "--ptxas-options=-v", *defines)
+    source, headers = _read_sources(source_directory(), spec.source)
+    return _Job(_key(spec, options, nvrtc_version(), source, headers), spec, arch, options, source, headers)
 
 
 def _read_sources(directory: Traversable, name: str) -> tuple[bytes, dict[str, bytes]]:
@@ -276,18 +298,31 @@ def _key(
     return digest.hexdigest()
 
 
-def _compile(
-    nvrtc: Any, spec: KernelSpec, arch: str, options: tuple[str, ...], source: bytes, headers: dict[str, bytes]
-) -> Compiled:
+def _find(job: _Job) -> Compiled | None:
+    """The kernel from memory, else from the disk cache."""
+    compiled = _compiled.get(job.key) or _read_entry(job)
+    if compiled is not None:
+        _compiled[job.key] = compiled
+    return compiled
+
+
+def _keep(job: _Job, compiled: Compiled) -> Compiled:
+    """Put a newly compiled kernel into the disk cache and into memory."""
+    compiled = replace(compiled, path=_write_entry(job.key, compiled))
+    _compiled[job.key] = compiled
+    return compiled
+
+
+def _compile(job: _Job) -> Compiled:
+    nvrtc = _nvrtc()
     start = time.perf_counter()
-    program = nvrtc.createProgram(
-        source.decode(), spec.source, tuple(headers.values()), tuple(include.encode() for include in headers)
-    )
+    names = tuple(name.encode() for name in job.headers)
+    program = nvrtc.createProgram(job.source.decode(), job.spec.source, tuple(job.headers.values()), names)
     try:
         try:
-            nvrtc.compileProgram(program, options)
+            nvrtc.compileProgram(program, job.options)
         except nvrtc.NVRTCError as error:
-            raise CompileError(spec, options, nvrtc.getProgramLog(program) or str(error)) from error
+            raise CompileError(job.spec, job.options, nvrtc.getProgramLog(program) or str(error)) from error
         # CuPy takes the last byte for the end of a string and drops it. It belongs to the ELF file's program
         # headers, as the highest byte of a small number. A byte too many would do no harm.
         cubin = nvrtc.getCUBIN(program) + b"\0"
@@ -295,7 +330,7 @@ def _compile(
     finally:
         nvrtc.destroyProgram(program)
     seconds = round(time.perf_counter() - start, 3)
-    return Compiled(spec, arch, cubin, None, log, _count_wgmma(ptx), seconds, from_cache=False)
+    return Compiled(job.spec, job.arch, cubin, None, log, _count_wgmma(ptx), seconds, from_cache=False)
 
 
 def _count_wgmma(ptx: bytes) -> tuple[tuple[str, int], ...]:
@@ -303,30 +338,30 @@ def _count_wgmma(ptx: bytes) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(counts.items()))
 
 
-def _read_entry(key: str, spec: KernelSpec, arch: str) -> Compiled | None:
+def _read_entry(job: _Job) -> Compiled | None:
     """The kernel from disk; None when it is not there, cut off or changed since it was written."""
     directory = cache_directory()
-    record = _read_record(directory / f"{key}.json") if directory else None
+    record = _read_record(directory / f"{job.key}.json") if directory else None
     cubin = _read_cubin(directory, record) if directory and record else None
     if directory is None or record is None or cubin is None:
         return None
     wgmma = tuple((shape, count) for shape, count in record["wgmma"])
     path = directory / record["cubin"]
-    return Compiled(spec, arch, cubin, path, record["log"], wgmma, record["seconds"], from_cache=True)
+    return Compiled(job.spec, job.arch, cubin, path, record["log"], wgmma, record["seconds"], from_cache=True)
 
 
-def _write_entry(key: str, compiled: Compiled) -> Compiled:
-    """Keep the kernel on disk and return it with its path; without one, and a warning, when that fails."""
+def _write_entry(key: str, compiled: Compiled) -> Path | None:
+    """Keep the kernel on disk and return the cubin's path; None, after a warning, if that is not possible."""
     directory = cache_directory()
     if directory is None:
         _warn_once("there is no user cache directory")
-        return compiled
+        return None
     sha256 = hashlib.sha256(compiled.cubin).hexdigest()
-    name = f"{compiled.spec.entry}-{sha256}.cubin"
+    path = directory / f"{compiled.spec.entry}-{sha256}.cubin"
     record = {
         "spec": str(compiled.spec),
         "arch": compiled.arch,
-        "cubin": name,
+        "cubin": path.name,
         "sha256": sha256,
         "wgmma": compiled.wgmma,
         "seconds": compiled.seconds,
@@ -334,21 +369,12 @@ def _write_entry(key: str, compiled: Compiled) -> Compiled:
     }
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _write_file(directory / name, compiled.cubin)
+        _write_file(path, compiled.cubin)
         _write_file(directory / f"{key}.json", json.dumps({"checksum": _checksum(record), "record": record}).encode())
     except OSError as error:
         _warn_once(str(error))
-        return compiled
-    return Compiled(
-        compiled.spec,
-        compiled.arch,
-        compiled.cubin,
-        directory / name,
-        compiled.log,
-        compiled.wgmma,
-        compiled.seconds,
-        from_cache=False,
-    )
+        return None
+    return path
 
 
 def _write_file(path: Path, content: bytes) -> None:

@@ -107,6 +107,9 @@ class Params(ctypes.Structure):
         ("lse_strides", ctypes.c_int64 * 3),
         ("table_stride", ctypes.c_int64),
         ("seqlens_stride", ctypes.c_int64),
+        ("by_heads", ctypes.c_uint64),
+        ("by_page_tiles", ctypes.c_uint64),
+        ("by_lanes", ctypes.c_uint64),
         ("batch", ctypes.c_int32),
         ("s_q", ctypes.c_int32),
         ("heads", ctypes.c_int32),
@@ -119,7 +122,6 @@ class Params(ctypes.Structure):
         ("q_vector_loads", ctypes.c_int32),
         ("patience", ctypes.c_int32),
         ("scale_log2", ctypes.c_float),
-        ("padding", ctypes.c_char * 24),  # tensor maps give the kernel's struct an alignment of 64 bytes
     ]
 
 
@@ -136,8 +138,15 @@ def make_params(problem: Problem, grid: Grid) -> Params:
     params.max_pages = problem.max_pages
     params.page_tiles = problem.page_size // TILE_KEYS
     params.lanes, params.row_groups, params.passes = grid.lanes, grid.row_groups, grid.passes
+    params.by_heads, params.by_page_tiles = divider(params.heads), divider(params.page_tiles)
+    params.by_lanes = divider(params.lanes)
     params.patience = PATIENCE
     return params
+
+
+def divider(divisor: int) -> int:
+    """The kernel's `Divider`: the number whose product with n, over 2**64, is n // divisor for n below 2**32."""
+    return 0 if divisor == 1 else (1 << 64) // divisor + 1
 
 
 class _Launch:

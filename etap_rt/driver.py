@@ -23,10 +23,16 @@ TENSOR_MAP_BYTES = 128
 TENSOR_MAP_ALIGNMENT = 64  # of the buffer that cuTensorMapEncodeTiled writes, and of the kernel parameter
 
 # Values of enums in cuda.h.
+_CUDA_ERROR_INVALID_IMAGE = 200
 _CUDA_ERROR_INVALID_CONTEXT = 201
 _CUDA_ERROR_NO_BINARY_FOR_GPU = 209
 _CUDA_ERROR_UNSUPPORTED_PTX_VERSION = 222
 _CUDA_ERROR_INVALID_HANDLE = 400
+_CUDA_ERRORS_OF_OLD_DRIVERS = (
+    _CUDA_ERROR_INVALID_IMAGE,
+    _CUDA_ERROR_NO_BINARY_FOR_GPU,
+    _CUDA_ERROR_UNSUPPORTED_PTX_VERSION,
+)
 _FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 _DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16
 _DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75
@@ -130,7 +136,7 @@ def load_kernel(cubin: bytes, entry: str, device: int) -> Kernel:
     module, function = c_void_p(), c_void_p()
     with _primary_context(device), _relaxed_capture():
         status = lib.cuModuleLoadData(byref(module), c_char_p(cubin))
-        if status in (_CUDA_ERROR_NO_BINARY_FOR_GPU, _CUDA_ERROR_UNSUPPORTED_PTX_VERSION):
+        if status in _CUDA_ERRORS_OF_OLD_DRIVERS:
             raise UnsupportedError(
                 f"the driver cannot load {entry} ({_error_name(status)})",
                 f"a driver at least as new as the compiler; this one is for CUDA {format_version(driver_version())}",

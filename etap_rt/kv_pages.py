@@ -120,6 +120,8 @@ class PagePool:
         return bool((self._stale_since[reservation.pages] > reservation.moment).any())
 
     def _check_lengths(self, starts: list[int], counts: list[int]) -> None:
+        if self.max_length >= self.num_pages * self.page_size:
+            return  # pages run out first, which is another error
         if max(map(operator.add, starts, counts), default=0) <= self.max_length:
             return
         for i, (start, count) in enumerate(zip(starts, counts, strict=True)):

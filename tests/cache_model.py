@@ -20,6 +20,7 @@ from etap_rt.kv_cache import PagedKVCache
 from tests.cases import DEEPSEEK_SCALE, NUMPY_DTYPES, as_is, to_torch
 
 LAYERS = 2
+MOST_SEQUENCES = 6  # at a time, in a random walk
 
 
 @dataclass(frozen=True)
@@ -150,15 +151,18 @@ class CacheMachine(RuleBasedStateMachine):
             num_layers=LAYERS,
             latent_dim=self.dims[0],
             rope_dim=self.dims[1],
-            max_batch=4,
+            max_batch=MOST_SEQUENCES,
         )
-        self.model: dict[int, list[int]] = {}
+        self.model: dict[int, list[int]] = {self.cache.new_sequence(): []}
         self.next_token = 0
-        self.order = random.Random(0)  # of the sequences in a batch
+        self.seed = 0  # of the order of the sequences in a batch
 
     def tokens(self, count: int) -> list[int]:
         self.next_token += count
         return list(range(self.next_token - count, self.next_token))
+
+    def order(self) -> list[int]:
+        return random.Random(self.seed).sample(sorted(self.model), len(self.model))
 
     def draw_sequence(self, data: Any) -> int:
         return data.draw(st.sampled_from(sorted(self.model)), "sequence")
@@ -185,7 +189,7 @@ class CacheMachine(RuleBasedStateMachine):
         return slots, new + [-1] * (spare or 0)
 
     @rule()
-    @precondition(lambda self: len(self.model) < 8)
+    @precondition(lambda self: len(self.model) < MOST_SEQUENCES)
     def new_sequence(self) -> None:
         name = self.cache.new_sequence()
         assert name not in self.model
@@ -206,7 +210,7 @@ class CacheMachine(RuleBasedStateMachine):
                 write_tokens(self.library, self.cache, *reserved)
 
     @rule(data=st.data())
-    @precondition(lambda self: 0 < len(self.model) < 8)
+    @precondition(lambda self: 0 < len(self.model) < MOST_SEQUENCES)
     def fork(self, data: Any) -> None:
         parent = self.draw_sequence(data)
         self.model[self.cache.fork(parent)] = list(self.model[parent])
@@ -215,7 +219,8 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.model)
     def truncate(self, data: Any) -> None:
         name = self.draw_sequence(data)
-        length = data.draw(st.integers(0, len(self.model[name])), "length")
+        old = len(self.model[name])
+        length = old - data.draw(st.integers(0, min(old, 2 * self.cache.page_size + 1)), "dropped")
         self.cache.truncate(name, length)
         del self.model[name][length:]
 
@@ -227,7 +232,7 @@ class CacheMachine(RuleBasedStateMachine):
         del self.model[name]
 
     @rule(data=st.data())
-    @precondition(lambda self: 0 < len(self.model) < 8)
+    @precondition(lambda self: 0 < len(self.model) < MOST_SEQUENCES)
     def export_and_import(self, data: Any) -> None:
         name = self.draw_sequence(data)
         exported = self.cache.export(name)
@@ -236,13 +241,19 @@ class CacheMachine(RuleBasedStateMachine):
         except OutOfPagesError as error:
             assert error.asked > error.free == self.cache.stats().free
 
+    @rule(data=st.data())
+    @precondition(lambda self: self.model)
+    def batch_of_one(self, data: Any) -> None:
+        name = self.draw_sequence(data)
+        assert host(self.cache.batch([name]).cache_seqlens).tolist() == [len(self.model[name])]
+
     @rule(seed=st.integers(0, 1000))
     def reorder_batches(self, seed: int) -> None:
-        self.order = random.Random(seed)
+        self.seed = seed
 
     @invariant()
     def cache_holds_the_model(self) -> None:
-        assert_holds(self.cache, self.model, self.order.sample(sorted(self.model), len(self.model)))
+        assert_holds(self.cache, self.model, self.order())
 
     def teardown(self) -> None:
         if hasattr(self, "cache"):
@@ -263,7 +274,7 @@ class DecodingMachine(CacheMachine):
 
     @invariant()
     def decode_sees_the_tokens(self) -> None:
-        names = self.order.sample(sorted(self.model), min(4, len(self.model)))
+        names = self.order()[:4]
         if names:
             q = np.random.default_rng(self.next_token).standard_normal((len(names), 1, 2, sum(self.dims)), np.float32)
             assert_decodes(self.library, self.cache, names, [self.model[name] for name in names], q)

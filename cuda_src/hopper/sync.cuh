@@ -11,7 +11,12 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
     asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// The same, returning whether any of the threads brought `vote`.
+// Counts this thread as arrived without waiting.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+    asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// The same as named_barrier, returning whether any of the threads brought `vote`.
 __device__ __forceinline__ bool named_barrier_any(int id, int threads, bool vote) {
     int any;
     asm volatile(

@@ -68,9 +68,9 @@ class NumpyDecodingMachine(DecodingMachine):
 
 
 TestRandomWalk = NumpyMachine.TestCase
-TestRandomWalk.settings = settings(max_examples=60, stateful_step_count=30)
+TestRandomWalk.settings = settings(max_examples=150, stateful_step_count=50)
 TestRandomWalkWithDecode = NumpyDecodingMachine.TestCase
-TestRandomWalkWithDecode.settings = settings(max_examples=6, stateful_step_count=12)
+TestRandomWalkWithDecode.settings = settings(max_examples=12, stateful_step_count=25)
 
 
 # ---- Tokens ----
@@ -359,7 +359,7 @@ def test_batch_follows_sequences_that_change_rows_and_repeat() -> None:
         add(NUMPY, cache, name, list(range(10 * name, 10 * name + 5)))
     a, b, c = names
     pages = tables(cache)
-    for order in ([a, b, c], [c, a], [a, a, b], [b, a, a], [a], [c, b, a]):
+    for order in ([a, b, c], [c, a], [a, a, b], [b, a, a], [a], [b], [a], [c, b, a]):
         batch = cache.batch(order)
         assert [row[:2].tolist() for row in batch.block_table] == [pages[name] for name in order]
 

@@ -1,0 +1,334 @@
+"""The driver calls, against a libcuda made of C callbacks: arguments as they arrive across the C ABI, and errors.
+
+The callbacks have the prototypes of cuda.h; the functions that the package calls have none, like those of a real
+library, so a pointer that is passed as a plain int arrives cut off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from ctypes import POINTER, Structure, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p
+from typing import Any
+
+import pytest
+
+from etap_rt import compiler, driver
+from etap_rt.errors import EtapError, UnsupportedError
+from etap_rt.kernels import KernelSpec
+
+HANDLE, STREAM, CONTEXT, MODULE = 0x7F00_1234_5678, 0x5500_AABB_CCDD, 0x5611_2233_4455, 0x5622_3344_5566
+NOT_INITIALIZED, NO_DEVICE, INVALID_IMAGE, INVALID_CONTEXT, INVALID_HANDLE = 3, 100, 200, 201, 400
+ERROR_NAMES = {
+    1: b"CUDA_ERROR_INVALID_VALUE",
+    NO_DEVICE: b"CUDA_ERROR_NO_DEVICE",
+    INVALID_IMAGE: b"CUDA_ERROR_INVALID_IMAGE",
+    INVALID_HANDLE: b"CUDA_ERROR_INVALID_HANDLE",
+}
+RELAXED, GLOBAL = 2, 0
+
+u32p, u64p, intp, voidpp = POINTER(c_uint32), POINTER(c_uint64), POINTER(c_int), POINTER(c_void_p)
+PROTOTYPES: dict[str, tuple[Any, ...]] = {
+    "cuInit": (c_uint,),
+    "cuDriverGetVersion": (intp,),
+    "cuGetErrorName": (c_int, POINTER(c_char_p)),
+    "cuGetErrorString": (c_int, POINTER(c_char_p)),
+    "cuDeviceGet": (intp, c_int),
+    "cuDeviceGetCount": (intp,),
+    "cuDeviceGetName": (c_void_p, c_int, c_int),
+    "cuDeviceGetAttribute": (intp, c_int, c_int),
+    "cuDevicePrimaryCtxRetain": (voidpp, c_int),
+    "cuCtxPushCurrent_v2": (c_void_p,),
+    "cuCtxPopCurrent_v2": (voidpp,),
+    "cuModuleLoadData": (voidpp, c_void_p),
+    "cuModuleGetFunction": (voidpp, c_void_p, c_char_p),
+    "cuFuncSetAttribute": (c_void_p, c_int, c_int),
+    "cuLaunchKernel": (c_void_p, *(c_uint,) * 7, c_void_p, voidpp, voidpp),
+    "cuStreamGetCaptureInfo_v2": (c_void_p, intp, u64p, c_void_p, c_void_p, c_void_p),
+    "cuThreadExchangeStreamCaptureMode": (intp,),
+    "cuTensorMapEncodeTiled": (c_void_p, c_int, c_uint32, c_void_p, u64p, u64p, u32p, u32p, c_int, c_int, c_int, c_int),
+    "cuMemAlloc_v2": (u64p, c_size_t),
+    "cuMemsetD8Async": (c_uint64, ctypes.c_ubyte, c_size_t, c_void_p),
+    "cuStreamCreate": (voidpp, c_uint),
+    "cuStreamSynchronize": (c_void_p,),
+    "cuStreamDestroy_v2": (c_void_p,),
+}
+
+
+class FakeCuda:
+    """libcuda on one Hopper GPU. `fail` makes the next calls of a function return errors; `log` has what happened."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[Any, ...]] = []
+        self.fail: dict[str, list[int]] = {}
+        self.contexts: list[int] = []
+        self.capture = (0, 0)  # status, id
+        self.capture_mode = GLOBAL
+        self.capability = (9, 0)
+        self._callbacks = []
+        for name, prototype in PROTOTYPES.items():
+            callback = ctypes.CFUNCTYPE(c_int, *prototype)(self._implementation(name))
+            self._callbacks.append(callback)
+            setattr(self, name, ctypes.CFUNCTYPE(c_int)(ctypes.cast(callback, c_void_p).value))
+
+    def _implementation(self, name: str) -> Callable[..., int]:
+        body = getattr(self, f"_{name.removesuffix('_v2')}", lambda *arguments: None)
+
+        def call(*arguments: Any) -> int:
+            status = self.fail.get(name, [])
+            if status and (error := status.pop(0)):
+                return error
+            body(*arguments)
+            return 0
+
+        return call
+
+    def calls(self, name: str) -> list[tuple[Any, ...]]:
+        return [entry[1:] for entry in self.log if entry[0] == name]
+
+    def _cuGetErrorName(self, status: int, name: Any) -> None:
+        name[0] = ERROR_NAMES[status]
+
+    def _cuGetErrorString(self, status: int, text: Any) -> None:
+        text[0] = b"what it means"
+
+    def _cuDriverGetVersion(self, version: Any) -> None:
+        version[0] = 12040
+
+    def _cuDeviceGetCount(self, count: Any) -> None:
+        count[0] = 1
+
+    def _cuDeviceGet(self, device: Any, ordinal: int) -> None:
+        device[0] = ordinal
+
+    def _cuDeviceGetName(self, name: int, size: int, device: int) -> None:
+        ctypes.memmove(name, b"Fake H200\0", 10)
+
+    def _cuDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> None:
+        value[0] = {16: 132, 75: self.capability[0], 76: self.capability[1]}[attribute]
+
+    def _cuDevicePrimaryCtxRetain(self, context: Any, device: int) -> None:
+        self.log.append(("retain", device))
+        context[0] = CONTEXT
+
+    def _cuCtxPushCurrent(self, context: int) -> None:
+        self.contexts.append(context)
+
+    def _cuCtxPopCurrent(self, context: Any) -> None:
+        context[0] = self.contexts.pop()
+
+    def _cuThreadExchangeStreamCaptureMode(self, mode: Any) -> None:
+        mode[0], self.capture_mode = self.capture_mode, mode[0]
+
+    def _cuModuleLoadData(self, module: Any, image: int) -> None:
+        self.log.append(("load", ctypes.string_at(image, 6), self.capture_mode, list(self.contexts)))
+        module[0] = MODULE
+
+    def _cuModuleGetFunction(self, function: Any, module: int, name: bytes) -> None:
+        self.log.append(("function", module, name))
+        function[0] = HANDLE
+
+    def _cuFuncSetAttribute(self, function: int, attribute: int, value: int) -> None:
+        self.log.append(("attribute", function, attribute, value))
+
+    def _cuLaunchKernel(self, *arguments: Any) -> None:
+        *numbers, stream, parameters, extra = arguments
+        value = ctypes.string_at(parameters[0], ctypes.sizeof(Params))
+        self.log.append(("launch", *numbers, stream, value, bool(extra), list(self.contexts)))
+
+    def _cuStreamGetCaptureInfo(self, stream: int, status: Any, number: Any, *unused: Any) -> None:
+        self.log.append(("capture info", stream, *unused))
+        status[0], number[0] = self.capture
+
+    def _cuMemAlloc(self, address: Any, size: int) -> None:
+        self.log.append(("allocate", size, self.capture_mode, list(self.contexts)))
+        address[0] = HANDLE
+
+    def _cuTensorMapEncodeTiled(self, result: int, dtype: int, rank: int, address: int, *rest: Any) -> None:
+        dims, strides, box, steps, *modes = rest
+        arrays = [list(dims[:rank]), list(strides[: rank - 1]), list(box[:rank]), list(steps[:rank])]
+        self.log.append(("encode", result % 64, dtype, address, *arrays, modes))
+        ctypes.memmove(result, bytes(range(128)), 128)
+
+
+class Params(Structure):
+    _fields_ = [("pointer", c_uint64), ("count", c_int)]
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
+    fake = FakeCuda()
+    cached = (driver._libcuda, driver._retained_context, driver.sm_count, driver.compute_capability)
+    for function in cached:
+        function.cache_clear()
+    monkeypatch.setattr(driver, "_open_library", lambda: fake)
+    yield fake
+    assert fake.contexts == [], "every context that was pushed is popped"
+    assert fake.capture_mode == GLOBAL, "the thread's capture mode is as before"
+    for function in cached:
+        function.cache_clear()
+
+
+def launch(kernel: driver.Kernel, shared: int = 0) -> bytes:
+    """Launch with fixed numbers and return the bytes of the parameter."""
+    params = Params(0x7FFF_0000_1111_2222, 7)
+    kernel.launch(132, 384, shared, STREAM, ctypes.addressof(params))
+    return bytes(params)
+
+
+def test_a_launch_arrives_as_it_was_asked_for(cuda: FakeCuda) -> None:
+    expected = launch(driver.Kernel("k", HANDLE, 0))
+    assert cuda.calls("launch") == [(HANDLE, 132, 1, 1, 384, 1, 1, 0, STREAM, expected, False, [])]
+
+
+def test_the_null_stream_is_a_stream(cuda: FakeCuda) -> None:
+    params = Params(1, 2)
+    driver.Kernel("k", HANDLE, 0).launch(1, 32, 0, 0, ctypes.addressof(params))
+    assert cuda.calls("launch")[0][8] is None
+
+
+def test_the_limit_of_shared_memory_is_raised_once(cuda: FakeCuda) -> None:
+    kernel = driver.Kernel("k", HANDLE, 0)
+    for shared in (200_000, 200_000, 1000, 232_448):
+        launch(kernel, shared)
+    assert cuda.calls("attribute") == [(HANDLE, 8, 200_000), (HANDLE, 8, 232_448)]
+
+
+def test_too_much_shared_memory_is_an_error_that_says_how_much(cuda: FakeCuda) -> None:
+    cuda.fail["cuFuncSetAttribute"] = [1]
+    with pytest.raises(EtapError, match=r"CUDA_ERROR_INVALID_VALUE.*300000 bytes of shared memory for k"):
+        launch(driver.Kernel("k", HANDLE, 0), 300_000)
+    assert cuda.calls("launch") == []
+
+
+@pytest.mark.parametrize("error", [INVALID_CONTEXT, INVALID_HANDLE])
+def test_a_launch_from_a_thread_without_the_devices_context_works(cuda: FakeCuda, error: int) -> None:
+    cuda.fail["cuLaunchKernel"] = [error]
+    expected = launch(driver.Kernel("k", HANDLE, 0))
+    assert cuda.calls("launch") == [(HANDLE, 132, 1, 1, 384, 1, 1, 0, STREAM, expected, False, [CONTEXT])]
+
+
+def test_a_launch_that_fails_names_the_error_and_the_kernel(cuda: FakeCuda) -> None:
+    cuda.fail["cuLaunchKernel"] = [INVALID_HANDLE, 1]
+    with pytest.raises(EtapError, match=r"cuLaunchKernel failed: CUDA_ERROR_INVALID_VALUE: what it means \(<Kernel k"):
+        launch(driver.Kernel("k", HANDLE, 0))
+
+
+def test_loading_works_while_another_stream_is_captured(cuda: FakeCuda) -> None:
+    kernel = driver.load_kernel(b"\x7fELF\0!", "mla_decode", 3)
+    assert (kernel.handle, kernel.name, kernel.device) == (HANDLE, "mla_decode", 3)
+    assert cuda.calls("load") == [(b"\x7fELF\0!", RELAXED, [CONTEXT])]
+    assert cuda.calls("function") == [(MODULE, b"mla_decode")]
+    assert cuda.calls("retain") == [(3,)]
+
+
+def test_a_driver_older_than_the_compiler_is_named(cuda: FakeCuda) -> None:
+    cuda.fail["cuModuleLoadData"] = [INVALID_IMAGE]
+    with pytest.raises(UnsupportedError, match=r"CUDA_ERROR_INVALID_IMAGE.*needed: a driver .* for CUDA 12\.4"):
+        driver.load_kernel(b"\x7fELF", "k", 0)
+
+
+def test_a_function_that_is_not_in_the_module_is_an_error(cuda: FakeCuda) -> None:
+    cuda.fail["cuModuleGetFunction"] = [1]
+    with pytest.raises(EtapError, match=r"cuModuleGetFunction failed.*\(k\)"):
+        driver.load_kernel(b"\x7fELF", "k", 0)
+
+
+def test_capturing_tells_captures_apart(cuda: FakeCuda) -> None:
+    assert driver.capturing(STREAM) == 0
+    cuda.capture = (1, 2**40 + 5)
+    assert driver.capturing(STREAM) == 2**40 + 5
+    assert cuda.calls("capture info")[0] == (STREAM, None, None, None)
+
+
+def test_a_stream_that_cannot_be_asked_is_an_error(cuda: FakeCuda) -> None:
+    cuda.fail["cuStreamGetCaptureInfo_v2"] = [INVALID_HANDLE]
+    with pytest.raises(EtapError, match=f"cuStreamGetCaptureInfo failed: CUDA_ERROR_INVALID_HANDLE.*{STREAM:#x}"):
+        driver.capturing(STREAM)
+
+
+@pytest.mark.parametrize(("element", "number"), [("float16", 6), ("bfloat16", 9)])
+def test_a_tensor_map_is_encoded_with_these_numbers(cuda: FakeCuda, element: Any, number: int) -> None:
+    address, page_bytes = 0x7F12_3456_7890, 2**33
+    encoded = driver.encode_tensor_map(element, address, (512, 64, 2**31), (1152, page_bytes), (64, 64, 1))
+    assert encoded == bytes(range(128))
+    dims, strides, box, steps, modes = [512, 64, 2**31], [1152, page_bytes], [64, 64, 1], [1, 1, 1], [0, 3, 3, 0]
+    assert cuda.calls("encode") == [(0, number, address, dims, strides, box, steps, modes)]
+
+
+def test_a_tensor_map_without_swizzle(cuda: FakeCuda) -> None:
+    driver.encode_tensor_map("float16", 0x1000, (512,), (), (256,), swizzle_128=False)
+    assert cuda.calls("encode") == [(0, 6, 0x1000, [512], [], [256], [1], [0, 0, 3, 0])]
+
+
+def test_a_tensor_map_that_the_driver_refuses_says_what_was_asked(cuda: FakeCuda) -> None:
+    cuda.fail["cuTensorMapEncodeTiled"] = [1]
+    with pytest.raises(EtapError, match=r"dims \(512, 3\), strides \(1000,\) bytes, box \(64, 64\)"):
+        driver.encode_tensor_map("bfloat16", 0x1000, (512, 3), (1000,), (64, 64))
+    with pytest.raises(ValueError, match="2 dims need 1 strides"):
+        driver.encode_tensor_map("bfloat16", 0x1000, (512, 3), (), (64, 64))
+
+
+def test_what_the_gpu_is(cuda: FakeCuda) -> None:
+    assert driver.device_count() == 1
+    assert driver.device_name(0) == "Fake H200"
+    assert driver.sm_count(0) == 132
+    assert driver.compute_capability(0) == (9, 0)
+    assert driver.format_version(driver.driver_version()) == "12.4"
+
+
+def test_without_a_driver_the_error_says_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_library(name: str) -> None:
+        raise OSError(f"{name}: no such file")
+
+    driver._libcuda.cache_clear()
+    monkeypatch.setattr(ctypes, "CDLL", no_library)
+    with pytest.raises(UnsupportedError, match=r"libcuda.so.1: no such file.*needed: a GPU with the NVIDIA driver"):
+        driver.device_count()
+
+
+def test_a_driver_without_tensor_maps_is_too_old(cuda: FakeCuda) -> None:
+    del cuda.cuTensorMapEncodeTiled  # type: ignore[attr-defined]
+    with pytest.raises(UnsupportedError, match=r"no cuTensorMapEncodeTiled; needed: a driver for CUDA 12"):
+        driver.device_count()
+
+
+def test_a_driver_that_does_not_start_may_be_asked_again(cuda: FakeCuda) -> None:
+    cuda.fail["cuInit"] = [NO_DEVICE]
+    with pytest.raises(UnsupportedError, match=r"CUDA_ERROR_NO_DEVICE: what it means; needed: a working NVIDIA GPU"):
+        driver.device_count()
+    assert driver.device_count() == 1
+
+
+def test_an_error_without_a_name_is_still_reported(cuda: FakeCuda) -> None:
+    cuda.fail |= {"cuDeviceGetCount": [NOT_INITIALIZED], "cuGetErrorName": [1]}
+    with pytest.raises(EtapError, match="cuDeviceGetCount failed: CUDA error 3"):
+        driver.device_count()
+
+
+def test_a_kernel_is_loaded_once_a_device(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = KernelSpec("k.cu", "k", ())
+    monkeypatch.setattr(compiler, "_loaded", {})
+    monkeypatch.setattr(
+        compiler, "compile_spec", lambda spec: compiler.Compiled(spec, "sm_90a", b"cubin\0", None, "", (), 0.0, True)
+    )
+    first = compiler.load(spec, 0)
+    assert compiler.load(KernelSpec("k.cu", "k", ()), 0) is first
+    assert compiler.load(spec, 1) is not first
+    assert [entry[0] for entry in cuda.calls("load")] == [b"cubin\0"] * 2
+    assert cuda.calls("retain") == [(0,), (1,)]
+
+
+def test_other_gpus_than_hopper_are_refused_before_anything_is_compiled(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda.capability = (8, 0)
+    monkeypatch.setattr(compiler, "compile_spec", lambda spec: pytest.fail("compiled"))
+    with pytest.raises(UnsupportedError, match=r"Fake H200, has compute capability 8\.0; needed: a Hopper GPU .*9\.0"):
+        compiler.load(KernelSpec("k.cu", "other", ()), 0)
+
+
+def test_memory_is_allocated_while_another_stream_is_captured(cuda: FakeCuda) -> None:
+    size = 2**33
+    assert driver.allocate_zeroed(0, size) == HANDLE
+    assert cuda.calls("allocate") == [(size, RELAXED, [CONTEXT])]
