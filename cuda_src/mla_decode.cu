@@ -89,13 +89,14 @@ struct Params {
     i64 lse_strides[3];
     i64 table_stride;
     i64 seqlens_stride;
-    Divider by_heads, by_page_tiles, by_lanes;
+    Divider by_heads, by_page_tiles, by_lanes, by_share;
     int batch;
     int s_q;
     int heads;
     int max_pages;
     int page_tiles;  // key tiles of a page
     int lanes;
+    int share;  // lanes of each unit when they are shared out evenly, 0 when there are more units than lanes
     int row_groups;
     int passes;
     int causal;
@@ -116,66 +117,86 @@ __device__ __forceinline__ int unit_tiles_of(int seqlen) {
     return seqlen <= TILE_KEYS ? 1 : int((unsigned(seqlen) + TILE_KEYS - 1) / TILE_KEYS);
 }
 
-// The division of all tiles over the lanes: `base` each, the first `extra` lanes one more (schedule.py: divide).
+// `total` things divided over lanes: `base` each, the first `extra` lanes one more.
 struct Division {
-    int total, lanes, base, extra;
+    int lanes, base, extra;
 
-    __device__ __forceinline__ Division(const Params& p, int total_)
-        : total(total_), lanes(min(total_, p.lanes)), base(total_ < p.lanes ? 1 : p.by_lanes(total_)), extra(total - base * lanes) {}
+    __device__ __forceinline__ Division(int total, int lanes_, const Divider& by_lanes)
+        : lanes(min(total, lanes_)), base(total < lanes_ ? 1 : by_lanes(total)), extra(total - base * lanes) {}
     __device__ __forceinline__ int begin(int lane) const { return lane * base + min(lane, extra); }
-    __device__ __forceinline__ int lane_of(int tile) const {
+    __device__ __forceinline__ int lane_of(int index) const {
         const int wide = extra * (base + 1);
-        return tile < wide ? tile / (base + 1) : extra + (tile - wide) / base;
+        return index < wide ? index / (base + 1) : extra + (index - wide) / base;
     }
 };
 
-// Where this lane starts, found by the prologue.
+// What a lane loses by starting on another unit, in tiles.
+constexpr int SWITCH_TILES = 2;
+
+// How the tiles are divided and where this lane starts, found by the prologue (schedule.py: divide).
+//   even       every unit gets the same number of lanes, every lane at most one segment
+//   otherwise  all units stand in a row, SWITCH_TILES empty cells before each (none when there are fewer tiles than lanes),
+//              and every lane gets the same number of cells
 struct Start {
-    int total;       // key tiles of all units
-    int unit_begin;  // first tile of the first pass over `request`
+    int even;
+    int gap;         // empty cells before each unit
+    int cells;       // of all units
+    int unit_begin;  // first cell, gap included, of the first pass over `request`
     int request;
     int seqlen;
     int warp_sums[CONSUMER_WARPS];
+    int warp_longest[CONSUMER_WARPS];
 };
 
 // Walks over the segments of one lane. Producer and consumers each keep one.
 struct Walk {
     int request, pass;
     int seqlen;
-    int unit_begin, unit_tiles;  // of the segment's unit
+    int unit_begin, unit_tiles;  // first cell after the gap, tiles of the segment's unit
     int tile_begin, tile_end;    // of the segment, within the unit
-    int left;                    // tiles of the lane, this segment's included
+    int end;                     // of the lane's cells
 
     Walk() = default;
     __device__ __forceinline__ Walk(const Params& p, const Start& start, int lane) {
-        const Division division(p, start.total);
-        left = lane < division.lanes ? division.base + int(lane < division.extra) : 0;
         request = start.request;
         seqlen = start.seqlen;
         unit_tiles = unit_tiles_of(seqlen);
-        const int offset = division.begin(lane) - start.unit_begin;
-        pass = p.passes == 1 ? 0 : offset / unit_tiles;
-        unit_begin = start.unit_begin + pass * unit_tiles;
-        tile_begin = offset - pass * unit_tiles;
-        tile_end = min(unit_tiles, tile_begin + left);
+        if (start.even) {
+            const int unit = p.by_share(lane), index = lane - unit * p.share;
+            pass = unit - request * p.passes;
+            const Division division(unit_tiles, p.share, p.by_share);
+            const bool used = request < p.batch && index < division.lanes;
+            unit_begin = 0;
+            tile_begin = used ? division.begin(index) : 0;
+            end = tile_end = used ? division.begin(index + 1) : 0;
+        } else {
+            const Division division(start.cells, p.lanes, p.by_lanes);
+            const bool used = lane < division.lanes;
+            const int begin = division.begin(lane), offset = begin - start.unit_begin, unit_cells = unit_tiles + start.gap;
+            pass = p.passes == 1 ? 0 : offset / unit_cells;
+            unit_begin = start.unit_begin + pass * unit_cells + start.gap;
+            end = used ? division.begin(lane + 1) : 0;
+            tile_begin = used ? max(0, begin - unit_begin) : 0;
+            tile_end = used ? min(unit_tiles, end - unit_begin) : 0;
+            if (used && tile_end <= tile_begin) next(p, start);  // all of the lane lies in gaps, or this unit's part of it
+        }
     }
-    __device__ __forceinline__ bool active() const { return left > 0; }
+    __device__ __forceinline__ bool active() const { return tile_begin < tile_end; }
     __device__ __forceinline__ bool starts() const { return tile_begin == 0; }
     __device__ __forceinline__ bool ends() const { return tile_end == unit_tiles; }
     // Tiles of the segment that hold keys: a request without keys owns one tile that does not.
     __device__ __forceinline__ int key_tiles() const { return seqlen == 0 ? 0 : tile_end - tile_begin; }
 
-    __device__ __forceinline__ void next(const Params& p) {
-        left -= tile_end - tile_begin;
-        if (left == 0) return;
-        unit_begin += unit_tiles;
+    __device__ __forceinline__ void next(const Params& p, const Start& start) {
+        unit_begin += unit_tiles + start.gap;
+        tile_begin = tile_end = 0;
+        if (start.even || unit_begin >= end) return;
         if (++pass == p.passes) {
             pass = 0;
             seqlen = seqlen_of(p, ++request);
             unit_tiles = unit_tiles_of(seqlen);
         }
-        tile_begin = 0;
-        tile_end = min(unit_tiles, left);
+        tile_end = min(unit_tiles, end - unit_begin);
     }
 };
 
@@ -189,13 +210,11 @@ constexpr int SHARED_LIMIT = 232448;
 constexpr int FIXED_BYTES = TILE_CHUNKS * Q_CHUNK_BYTES + 2 * P_BYTES + sizeof(Statistics) + sizeof(Start) +
                             sizeof(Walk) + 2 * sizeof(SharedUnit) + 5 * 8;
 constexpr int SLOTS = (SHARED_LIMIT - FIXED_BYTES) / (CHUNK_BYTES + 2 * 8);
-// Chunks of tile i + 2 that arrive even while tiles i and i + 1 are held.
-constexpr int EARLY_CHUNKS = SLOTS - 2 * TILE_CHUNKS < 0             ? 0
-                             : SLOTS - 2 * TILE_CHUNKS > TILE_CHUNKS ? TILE_CHUNKS
-                                                                     : SLOTS - 2 * TILE_CHUNKS;
-// Chunks of a tile that a warpgroup multiplies before it turns to the other's tile.
-constexpr int SPLIT_CHUNKS = (TILE_CHUNKS + 1) / 2 - 1;
-static_assert(SLOTS >= 2 * TILE_CHUNKS - 1, "two tiles have to fit, less the rope chunk that is released early");
+// Chunks of its next tile that a warpgroup multiplies before it turns to the tile in between. With few rows memory sets the
+// pace: the tile in between should not wait for all of the next one to arrive. With 64 the products do, and the more of
+// them run during the other's softmax, the better.
+constexpr int SPLIT_CHUNKS = ROWS <= 32 ? TILE_CHUNKS / 2 : TILE_CHUNKS;
+static_assert(SLOTS >= 2 * TILE_CHUNKS - ROPE_CHUNKS, "two tiles have to fit, less what is free after the scores");
 
 struct Shared {
     unsigned char ring[SLOTS][CHUNK_BYTES];
@@ -217,7 +236,6 @@ struct Place {
     int slot;
     u32 parity;
 
-    __device__ __forceinline__ Place(u32 chunk) : slot(chunk % SLOTS), parity(chunk / SLOTS & 1) {}
     __device__ __forceinline__ Place(int slot_, u32 parity_) : slot(slot_), parity(parity_) {}
     __device__ __forceinline__ Place ahead(int chunks) const {
         const bool wrap = slot + chunks >= SLOTS;
@@ -227,21 +245,29 @@ struct Place {
 
 // ---------------------------------------------------------------------------------------------- prologue
 
-// Finds the unit where this lane starts: a scan over the lengths, a block of requests a thread.
+// Finds how the tiles are divided and the unit where this lane starts: a scan over the lengths, a block of requests a thread.
 __device__ __forceinline__ void find_start(const Params& p, Start& start, int lane) {
     const int t = threadIdx.x;
     const int each = (p.batch + CONSUMERS - 1) / CONSUMERS;
     const int begin = min(t * each, p.batch), end = min(begin + each, p.batch);
-    int own = 0;
+    int own = 0, longest = 0;
     if (t < CONSUMERS)
-        for (int r = begin; r < end; ++r) own += unit_tiles_of(seqlen_of(p, r)) * p.passes;
+        for (int r = begin; r < end; ++r) {
+            const int tiles = unit_tiles_of(seqlen_of(p, r));
+            own += tiles;
+            longest = max(longest, tiles);
+        }
     int inclusive = own;
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
         const int below = __shfl_up_sync(~0u, inclusive, d);
         if (t % 32 >= d) inclusive += below;
     }
-    if (t < CONSUMERS && t % 32 == 31) start.warp_sums[t / 32] = inclusive;
+    longest = __reduce_max_sync(~0u, longest);
+    if (t < CONSUMERS && t % 32 == 31) {
+        start.warp_sums[t / 32] = inclusive;
+        start.warp_longest[t / 32] = longest;
+    }
     __syncthreads();
     if (t < CONSUMERS) {
         int total = 0, before = inclusive - own;
@@ -249,32 +275,52 @@ __device__ __forceinline__ void find_start(const Params& p, Start& start, int la
         for (int w = 0; w < CONSUMER_WARPS; ++w) {
             if (w < t / 32) before += start.warp_sums[w];
             total += start.warp_sums[w];
+            longest = max(longest, start.warp_longest[w]);
         }
-        const Division division(p, total);
-        const int target = division.begin(lane);
-        if (target >= before && target < before + own) {
-            int r = begin, seqlen;
-            for (;; ++r) {
-                seqlen = seqlen_of(p, r);
-                const int tiles = unit_tiles_of(seqlen) * p.passes;
-                if (target < before + tiles) break;
-                before += tiles;
+        const int gap = total * p.passes > p.lanes ? SWITCH_TILES : 0;
+        const int cells = (total + gap * p.batch) * p.passes;
+        const bool even = p.share && p.by_share(longest + p.share - 1) <= p.by_lanes(cells + p.lanes - 1);
+        if (even) {
+            if (t == 0) {
+                const int request = p.by_share(lane) / p.passes;
+                start.request = request;
+                start.seqlen = request < p.batch ? seqlen_of(p, request) : 0;
             }
-            start.request = r;
-            start.seqlen = seqlen;
-            start.unit_begin = before;
+        } else {
+            const int target = Division(cells, p.lanes, p.by_lanes).begin(lane);
+            int first = (before + gap * begin) * p.passes;
+            if (target >= first && target < first + (own + gap * (end - begin)) * p.passes) {
+                int r = begin, seqlen;
+#pragma unroll 1
+                for (;; ++r) {
+                    seqlen = seqlen_of(p, r);
+                    const int request_cells = (unit_tiles_of(seqlen) + gap) * p.passes;
+                    if (target < first + request_cells) break;
+                    first += request_cells;
+                }
+                start.request = r;
+                start.seqlen = seqlen;
+                start.unit_begin = first;
+            }
         }
-        if (t == 0) start.total = total;
+        if (t == 0) {
+            start.even = even;
+            start.gap = gap;
+            start.cells = cells;
+        }
     }
     __syncthreads();
 }
 
-// Most batches are even enough that the lane's share of the requests is also where it starts: have the table come closer
-// while the lengths are read.
-__device__ __forceinline__ void prefetch_table(const Params& p, int lane) {
+// Has the tensor maps and the table come closer while the lengths are read. Most batches are even enough that the lane's
+// share of the requests is also where it starts.
+__device__ __forceinline__ void prefetch_inputs(const Params& p, int lane) {
+    constexpr int LINE = 32;  // entries of the table
+    const int l = threadIdx.x % 32;
     const int* row = p.block_table + i64(p.by_lanes(lane * p.batch)) * p.table_stride;
-    constexpr int LINE = 32;  // entries
-    for (int i = threadIdx.x % 32 * LINE; i < min(p.max_pages, 32 * LINE); i += 32 * LINE) prefetch_l2(row + i);
+    if (l * LINE < p.max_pages) prefetch_l2(row + l * LINE);
+    if (l == 0) tma_prefetch_map(&p.latent_map);
+    if (l == 0) tma_prefetch_map(&p.rope_map);
 }
 
 // ---------------------------------------------------------------------------------------------- producer
@@ -282,7 +328,7 @@ __device__ __forceinline__ void prefetch_table(const Params& p, int lane) {
 __device__ __forceinline__ void produce(const Params& p, Shared& s, int lane) {
     const int l = threadIdx.x % 32;
     Place place(0, 0);
-    for (Walk walk(p, s.start, lane); walk.active(); walk.next(p)) {
+    for (Walk walk(p, s.start, lane); walk.active(); walk.next(p, s.start)) {
         const int tiles = walk.key_tiles();
         const int* table = p.block_table + i64(walk.request) * p.table_stride;
         // Each thread of the warp holds the page of one of the next 32 tiles.
@@ -296,7 +342,7 @@ __device__ __forceinline__ void produce(const Params& p, Shared& s, int lane) {
                 const int tile = walk.tile_begin + group + i;
                 const int token = (tile - p.by_page_tiles(tile) * p.page_tiles) * TILE_KEYS;
                 if (l == 0) {
-#pragma unroll
+#pragma unroll 1
                     for (int j = 0; j < TILE_CHUNKS; ++j) {
                         const u32 full = shared_address(&s.chunk_full[place.slot]);
                         mbarrier_wait(shared_address(&s.chunk_empty[place.slot]), place.parity ^ 1);
@@ -326,7 +372,7 @@ struct Consumer {
     const Params& p;
     Shared& s;
     const int warpgroup, warp, lane;  // warp within the warpgroup, lane within the warp
-    u32 chunk = 0;                    // first chunk of the segment's first tile
+    Place here = {0, 0};              // of the first chunk of the tile at hand
     u32 p_phase = 0;                  // bit w: parity of the next P^T of warpgroup w
 
     float o[OWN_BLOCKS][ROWS / 2];  // O^T, see wgmma for the layout
@@ -339,9 +385,6 @@ struct Consumer {
     // Column of element e of a column group that this thread holds.
     __device__ __forceinline__ int column(int group, int e) const { return group * 8 + lane % 4 * 2 + e % 2; }
 
-    // Where the chunks of a tile of this segment begin in the ring.
-    __device__ __forceinline__ Place place_of(int tile) const { return Place(chunk + u32(tile) * TILE_CHUNKS); }
-
     // This warpgroup's b-th block of latent dims.
     __device__ __forceinline__ int own_chunk(int b) const { return ROPE_CHUNKS + warpgroup * OWN_BLOCKS + b; }
 
@@ -349,48 +392,51 @@ struct Consumer {
         if (lane == 0) mbarrier_arrive(shared_address(&s.chunk_empty[place.slot]));
     }
 
-    __device__ __forceinline__ void release_own_blocks(int tile) {
-        const Place place = place_of(tile);
+    __device__ __forceinline__ void release_own_blocks() {
 #pragma unroll
-        for (int b = 0; b < OWN_BLOCKS; ++b) release(place.ahead(own_chunk(b)));
+        for (int b = 0; b < OWN_BLOCKS; ++b) release(here.ahead(own_chunk(b)));
     }
 
-    __device__ __forceinline__ u64 slot_descriptor(int slot) const {
-        return operand_descriptor(shared_address(s.ring)) + u64(slot) * (CHUNK_BYTES >> 4);
+    __device__ __forceinline__ u32 slot_descriptor(int slot) const {
+        return operand_descriptor(shared_address(s.ring)) + slot * (CHUNK_BYTES >> 4);
     }
 
-    // S^T += K Q^T for chunks [FROM, TO) of a tile, as they arrive.
-    template <int FROM, int TO>
-    __device__ __forceinline__ void issue_scores(int tile) {
-        const Place first = place_of(tile);
-#pragma unroll
-        for (int j = FROM; j < TO; ++j) {
-            const Place place = first.ahead(j);
+    // S^T += K Q^T for chunks [from, to) of the tile that begins at `first`, as they arrive. A loop, not straight code: at the start of a kernel every
+    // instruction comes from afar.
+    __device__ __forceinline__ void multiply_scores(const Place& first, int from, int to) {
+        Place place = first.ahead(from);
+        u32 q = operand_descriptor(shared_address(s.q)) + from * (Q_CHUNK_BYTES >> 4);
+#pragma unroll 1
+        for (int j = from; j < to; ++j) {
             mbarrier_wait(shared_address(&s.chunk_full[place.slot]), place.parity);
             wgmma_fence();
-            const u64 k = slot_descriptor(place.slot);
-            const u64 q = operand_descriptor(shared_address(s.q[j]));
+            const u32 k = slot_descriptor(place.slot);
 #pragma unroll
             for (int step = 0; step < CHUNK_DIMS / 16; ++step)
                 wgmma<ROWS, IS_BF16, false>(x, k + step * K_MAJOR_STEP, q + step * K_MAJOR_STEP, j > 0 || step > 0);
+            q += Q_CHUNK_BYTES >> 4;
+            place = place.ahead(1);
         }
         wgmma_commit();
+        wgmma_wait<0>();
+        pin(x);
     }
 
-    // O^T += V^T P^T for this warpgroup's dims.
-    __device__ __forceinline__ void issue_output(int tile) {
-        const Place first = place_of(tile);
-        const u64 weights = operand_descriptor(shared_address(s.p) + u32(tile & 1) * P_BYTES);
+    // O^T += V^T P^T for this warpgroup's dims of the tile at hand.
+    __device__ __forceinline__ void multiply_output(int tile) {
+        const u32 weights = operand_descriptor(shared_address(s.p) + u32(tile & 1) * P_BYTES);
         wgmma_fence();
 #pragma unroll
         for (int b = 0; b < OWN_BLOCKS; ++b) {
-            const u64 v = slot_descriptor(first.ahead(own_chunk(b)).slot);
+            const u32 v = slot_descriptor(here.ahead(own_chunk(b)).slot);
 #pragma unroll
             for (int step = 0; step < TILE_KEYS / 16; ++step)
                 wgmma<ROWS, IS_BF16, true>(o[b], v + step * M_MAJOR_STEP, weights + step * K_MAJOR_STEP,
                                            step > 0 || tile > 0);
         }
         wgmma_commit();
+        wgmma_wait<0>();
+        pin_output();
     }
 
     __device__ __forceinline__ void pin_output() {
@@ -414,9 +460,6 @@ struct Consumer {
         mbarrier_wait(shared_address(&s.p_full[w]), p_phase >> w & 1);
         p_phase ^= 1u << w;
         if (w != warpgroup && tile > 0 && uniform(s.statistics.rescale[w])) {
-            wgmma_wait<0>();
-            pin_output();
-            pin(x);
 #pragma unroll
             for (int g = 0; g < COLUMN_GROUPS; ++g)
 #pragma unroll
@@ -425,10 +468,10 @@ struct Consumer {
     }
 
     // Keys past the end may hold anything, NaN included, and 0 * NaN is NaN: zero this warpgroup's dims of them.
-    __device__ __forceinline__ void zero_values_past(int tile, int valid) {
+    __device__ __forceinline__ void zero_values_past(int valid) {
         for (int i = threadIdx.x % WARPGROUP; i < OWN_BLOCKS * (TILE_KEYS - valid) * 8; i += WARPGROUP) {
             const int row = valid + i / 8 % (TILE_KEYS - valid), b = i / 8 / (TILE_KEYS - valid);
-            const int slot = place_of(tile).ahead(own_chunk(b)).slot;
+            const int slot = here.ahead(own_chunk(b)).slot;
             reinterpret_cast<uint4*>(s.ring[slot])[row * 8 + i % 8] = make_uint4(0, 0, 0, 0);
         }
         fence_async_proxy();
@@ -529,45 +572,25 @@ struct Consumer {
     __device__ __forceinline__ void run_tiles(const Walk& walk, int first_row) {
         const int tiles = uniform(walk.key_tiles());
         const int tail = walk.ends() ? walk.seqlen - (walk.unit_tiles - 1) * TILE_KEYS : TILE_KEYS;  // keys of the last
-        auto accumulate = [&](int i) {
-            wait_weights(i);
-            if (i == tiles - 1 && tail < TILE_KEYS) zero_values_past(i, tail);
-            issue_output(i);
-        };
-        for (int i = warpgroup; i < tiles; i += 2) {
-            // The first chunks, then the tile before: its P^T comes out while they arrive, and its chunks are wanted back.
-            if constexpr (EARLY_CHUNKS >= SPLIT_CHUNKS) issue_scores<0, SPLIT_CHUNKS>(i);
-            if (i > 1) {
-                wgmma_wait<(EARLY_CHUNKS >= SPLIT_CHUNKS ? 1 : 0)>();
-                pin_output();
-                release_own_blocks(i - 2);
-            }
-            if constexpr (EARLY_CHUNKS < SPLIT_CHUNKS) issue_scores<0, SPLIT_CHUNKS>(i);
-            if (i > 0) accumulate(i - 1);
-            wgmma_wait<0>();
-            pin_output();
-            pin(x);
-            if (i > 0) release_own_blocks(i - 1);
-            issue_scores<SPLIT_CHUNKS, TILE_CHUNKS>(i);
-            wgmma_wait<0>();
-            pin(x);
+        here = {uniform(here.slot), u32(uniform(here.parity))};
+        if (warpgroup == 0) multiply_scores(here, 0, SPLIT_CHUNKS);
+#pragma unroll 1
+        for (int i = 0; i < tiles; ++i) {
+            if ((i & 1) == warpgroup) {
+                multiply_scores(here, SPLIT_CHUNKS, TILE_CHUNKS);
 #pragma unroll
-            for (int j = 0; j < ROPE_CHUNKS; ++j) release(place_of(i).ahead(j));
-            publish_weights(i, (walk.tile_begin + i) * TILE_KEYS, walk.seqlen, first_row);
-            accumulate(i);
-        }
-        const bool own_last = (tiles - 1 & 1) == warpgroup;
-        if (!own_last) {
-            accumulate(tiles - 1);
-            if (tiles > 1) {
-                wgmma_wait<1>();
-                release_own_blocks(tiles - 2);
+                for (int j = 0; j < ROPE_CHUNKS; ++j) release(here.ahead(j));
+                publish_weights(i, (walk.tile_begin + i) * TILE_KEYS, walk.seqlen, first_row);
+            } else if (i + 1 < tiles) {
+                // Runs while the other warpgroup takes the softmax of tile i.
+                multiply_scores(here.ahead(TILE_CHUNKS), 0, SPLIT_CHUNKS);
             }
+            wait_weights(i);
+            if (i == tiles - 1 && tail < TILE_KEYS) zero_values_past(tail);
+            multiply_output(i);
+            release_own_blocks();
+            here = here.ahead(TILE_CHUNKS);
         }
-        wgmma_wait<0>();
-        pin_output();
-        release_own_blocks(tiles - 1);
-        chunk += u32(tiles) * TILE_CHUNKS;
     }
 
     __device__ __forceinline__ void clear_sums() {
@@ -586,6 +609,7 @@ struct Consumer {
     // every fourth row. The copies of this thread may still run on return.
     __device__ __forceinline__ void load_queries(int request, const RowTile& rows) {
         const u32 base = shared_address(s.q);
+#pragma unroll 1
         for (int n = warp; n < ROWS; n += 4) {
             const int row = rows.first + n, token = p.by_heads(row), head = row - token * p.heads;
             const u16* latent = p.q_latent + request * p.q_strides[0] + token * p.q_strides[1] + head * p.q_strides[2];
@@ -875,6 +899,14 @@ __device__ __forceinline__ void meet_and_merge(const Params& p, Shared& s, const
     }
 }
 
+// The lanes that share the unit of a segment of `lane`.
+__device__ __forceinline__ SharedUnit shared_unit(const Params& p, const Start& start, const Walk& walk, int lane) {
+    if (start.even) return {walk.request, walk.pass, p.by_share(lane) * p.share, min(p.share, walk.unit_tiles)};
+    const Division division(start.cells, p.lanes, p.by_lanes);
+    const int first = division.lane_of(walk.unit_begin);
+    return {walk.request, walk.pass, first, division.lane_of(walk.unit_begin + walk.unit_tiles - 1) - first + 1};
+}
+
 __device__ __forceinline__ void consume(const Params& p, Shared& s, int lane, int row_group) {
     Consumer c(p, s);
     // A lane shares at most two units: the one it starts in the middle of and the one it does not finish.
@@ -885,7 +917,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared& s, int lane, in
 #pragma unroll 1
     for (;; rehearsal = false) {
         if (!rehearsal)
-            for (Walk walk(p, s.start, lane); walk.active(); walk.next(p)) {
+            for (Walk walk(p, s.start, lane); walk.active(); walk.next(p, s.start)) {
                 const RowTile rows = row_tile_of(p, walk.pass, row_group);
                 c.clear_sums();
                 if (c.warpgroup == 0) {
@@ -897,10 +929,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared& s, int lane, in
                     named_barrier(WARPGROUP_BARRIER, WARPGROUP);
                 } else {
                     if (!(walk.starts() && walk.ends()) && threadIdx.x == WARPGROUP) {
-                        const Division division(p, s.start.total);
-                        const int first = division.lane_of(walk.unit_begin);
-                        s.shared_units[shared_units] = {walk.request, walk.pass, first,
-                                                        division.lane_of(walk.unit_begin + walk.unit_tiles - 1) - first + 1};
+                        s.shared_units[shared_units] = shared_unit(p, s.start, walk, lane);
                     }
                     named_barrier(QUERY_BARRIER, CONSUMERS);
                 }
@@ -929,17 +958,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
     Shared& s = *reinterpret_cast<Shared*>(memory);
     const int lane = blockIdx.x / p.row_groups, row_group = blockIdx.x % p.row_groups;
 
-    if (threadIdx.x / 32 == CONSUMER_WARPS) {
-        const int l = threadIdx.x % 32;
-        if (l < 2) tma_prefetch_map(l ? &p.rope_map : &p.latent_map);
-        for (int i = l; i < SLOTS; i += 32) {
+    if (threadIdx.x == CONSUMERS) {
+#pragma unroll 1
+        for (int i = 0; i < SLOTS; ++i) {
             mbarrier_init(shared_address(&s.chunk_full[i]), 1);
             mbarrier_init(shared_address(&s.chunk_empty[i]), 4);
         }
-        if (l < 2) mbarrier_init(shared_address(&s.p_full[l]), 4);
+        for (int w = 0; w < 2; ++w) mbarrier_init(shared_address(&s.p_full[w]), 4);
         mbarrier_init_fence();
     }
-    if (threadIdx.x / 32 == CONSUMER_WARPS + 1) prefetch_table(p, lane);
+    if (threadIdx.x / 32 == CONSUMER_WARPS + 1) prefetch_inputs(p, lane);
     find_start(p, s.start, lane);
     if (uniform(threadIdx.x / WARPGROUP) == 2) {
         registers_give_up<PRODUCER_REGISTERS>();

@@ -110,18 +110,21 @@ class Params(ctypes.Structure):
         ("by_heads", ctypes.c_uint64),
         ("by_page_tiles", ctypes.c_uint64),
         ("by_lanes", ctypes.c_uint64),
+        ("by_share", ctypes.c_uint64),
         ("batch", ctypes.c_int32),
         ("s_q", ctypes.c_int32),
         ("heads", ctypes.c_int32),
         ("max_pages", ctypes.c_int32),
         ("page_tiles", ctypes.c_int32),
         ("lanes", ctypes.c_int32),
+        ("share", ctypes.c_int32),
         ("row_groups", ctypes.c_int32),
         ("passes", ctypes.c_int32),
         ("causal", ctypes.c_int32),
         ("q_vector_loads", ctypes.c_int32),
         ("patience", ctypes.c_int32),
         ("scale_log2", ctypes.c_float),
+        ("padding", ctypes.c_char * 52),  # tensor maps give the kernel's struct an alignment of 64 bytes
     ]
 
 
@@ -140,6 +143,8 @@ def make_params(problem: Problem, grid: Grid) -> Params:
     params.lanes, params.row_groups, params.passes = grid.lanes, grid.row_groups, grid.passes
     params.by_heads, params.by_page_tiles = divider(params.heads), divider(params.page_tiles)
     params.by_lanes = divider(params.lanes)
+    params.share = grid.lanes // (problem.batch * grid.passes)
+    params.by_share = divider(max(1, params.share))
     params.patience = PATIENCE
     return params
 

@@ -206,7 +206,9 @@ class DeviceMemory(_Arrays):
         stream = current_stream(latent.layout)
         with self._device:
             if slots.layout.device_type == "cpu":
-                slots = self._bring(slots, stream)
+                on_device = empty(latent.layout, latent.owner, slots.layout.shape, slots.layout.dtype)
+                values, slots = as_numpy(slots), describe(on_device, "slots")
+                self._upload(slots, values, stream)
             params = _WriteParams(
                 latent.pointer,
                 rope.pointer,
@@ -251,12 +253,6 @@ class DeviceMemory(_Arrays):
 
     def _stream(self) -> int:
         return current_stream(self.pool.layout)
-
-    def _bring(self, slots: Array, stream: int) -> Array:
-        """Slots from the host in an array on the device."""
-        brought = describe(self.new_array(slots.layout.shape, slots.layout.dtype), "slots")
-        self._upload(brought, as_numpy(slots), stream)
-        return brought
 
     def _upload(self, target: Array, values: np.ndarray[Any, Any], stream: int) -> None:
         """Copy integers to a contiguous int32 or int64 array."""

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 TILE_KEYS = 64
 ROW_TILES = (8, 16, 24, 32, 64)
 MAX_ROW_GROUPS = 8
+SWITCH_TILES = 2  # what a lane loses by starting on another unit, measured in tiles of an H200
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,33 +78,55 @@ def unit_tiles(seqlen: int) -> int:
 def divide(seqlens: Sequence[int], grid: Grid) -> list[list[Segment]]:
     """Divide the key tiles of all units over the lanes of `grid`; the mirror of the kernel's division.
 
-    The T tiles are laid out in the order (request, pass, tile). Of L lanes each takes the next T // L of them,
-    the first T % L lanes one more. With fewer tiles than lanes only the first T lanes work. Returns one list of
-    segments a lane.
+    Evenly: every unit gets the same number of lanes, every lane at most one segment. That is best for requests of
+    about the same length. Otherwise all units stand in a row in the order (request, pass), SWITCH_TILES empty
+    cells before each to pay for the switch, and every lane gets the same number of cells. The division that
+    leaves less to the busiest lane is taken, the even one if both are as good. Returns one list of segments a lane.
     """
     units = [(r, p, unit_tiles(n)) for r, n in enumerate(seqlens) for p in range(grid.passes)]
+    if not units:
+        return [[] for _ in range(grid.lanes)]
     total = sum(n for _, _, n in units)
-    lanes = min(grid.lanes, total)
+    longest = max(n for _, _, n in units)
+    gap = SWITCH_TILES if total > grid.lanes else 0
+    share = grid.lanes // len(units)
+    if share and -(-longest // share) <= -(-(total + gap * len(units)) // grid.lanes):
+        return _divide_evenly(units, grid, share)
+    return _divide_in_a_row(units, grid, gap, total + gap * len(units))
+
+
+def _divide_evenly(units: list[tuple[int, int, int]], grid: Grid, share: int) -> list[list[Segment]]:
     work: list[list[Segment]] = [[] for _ in range(grid.lanes)]
-    start = 0
+    for index, (request, pass_index, tiles) in enumerate(units):
+        first, members = index * share, min(share, tiles)
+        for member in range(members):
+            begin, end = lane_begin(member, tiles, members), lane_begin(member + 1, tiles, members)
+            work[first + member] = [Segment(request, pass_index, begin, end, first, first + members - 1)]
+    return work
+
+
+def _divide_in_a_row(units: list[tuple[int, int, int]], grid: Grid, gap: int, cells: int) -> list[list[Segment]]:
+    lanes = min(grid.lanes, cells)
+    work: list[list[Segment]] = [[] for _ in range(grid.lanes)]
+    start = gap  # cell of the unit's first tile
     for request, pass_index, tiles in units:
-        first = lane_of(start, total, lanes)
-        last = lane_of(start + tiles - 1, total, lanes)
+        first = lane_of(start, cells, lanes)
+        last = lane_of(start + tiles - 1, cells, lanes)
         for lane in range(first, last + 1):
-            begin = max(start, lane_begin(lane, total, lanes)) - start
-            end = min(start + tiles, lane_begin(lane + 1, total, lanes)) - start
+            begin = max(start, lane_begin(lane, cells, lanes)) - start
+            end = min(start + tiles, lane_begin(lane + 1, cells, lanes)) - start
             work[lane].append(Segment(request, pass_index, begin, end, first, last))
-        start += tiles
+        start += tiles + gap
     return work
 
 
 def lane_begin(lane: int, total: int, lanes: int) -> int:
-    """The first tile of a lane."""
+    """The first of the `total` tiles or cells that belongs to a lane."""
     return lane * (total // lanes) + min(lane, total % lanes)
 
 
-def lane_of(tile: int, total: int, lanes: int) -> int:
-    """The lane that owns tile `tile` of `total`."""
+def lane_of(index: int, total: int, lanes: int) -> int:
+    """The lane that owns tile or cell `index` of `total`."""
     base, extra = divmod(total, lanes)
-    wide = extra * (base + 1)  # tiles of the lanes that have one more
-    return tile // (base + 1) if tile < wide else extra + (tile - wide) // base
+    wide = extra * (base + 1)  # those of the lanes that have one more
+    return index // (base + 1) if index < wide else extra + (index - wide) // base

@@ -5,16 +5,16 @@
 
 namespace hopper {
 
-// Descriptor of an operand in rows of 128 bytes with the 128-byte swizzle, atoms of eight rows (1024 bytes) apart.
-// K-major operands step 16 elements along K by 32 bytes; an M-major one of 64 elements by 16 rows, 2048 bytes.
-__device__ __forceinline__ u64 operand_descriptor(u32 address) {
-    constexpr u64 SWIZZLE_128B = 1ull << 62;
-    constexpr u64 ATOM_STRIDE = 1024 >> 4;
-    return SWIZZLE_128B | (ATOM_STRIDE << 32) | (ATOM_STRIDE << 16) | (address >> 4);
-}
+// Operands lie in rows of 128 bytes with the 128-byte swizzle, atoms of eight rows 1024 bytes apart. Their 64-bit
+// descriptors differ in the address alone, so only the low word is carried about. K-major operands step 16 elements
+// along K by 32 bytes; an M-major one of 64 elements by 16 rows, 2048 bytes.
+constexpr u32 DESCRIPTOR_HIGH = 1u << 30 | 1024 >> 4;  // swizzle mode, stride between atoms
+constexpr u32 DESCRIPTOR_LOW = (1024 >> 4) << 16;      // the same stride along M, where there is but one atom
 
-constexpr u64 K_MAJOR_STEP = 32 >> 4;
-constexpr u64 M_MAJOR_STEP = 2048 >> 4;
+__device__ __forceinline__ u32 operand_descriptor(u32 address) { return DESCRIPTOR_LOW + (address >> 4); }
+
+constexpr u32 K_MAJOR_STEP = 32 >> 4;
+constexpr u32 M_MAJOR_STEP = 2048 >> 4;
 
 // Orders register and shared-memory writes of this warp before the products that follow.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -35,19 +35,20 @@ __device__ __forceinline__ void pin(float (&d)[COUNT]) {
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-#define HOPPER_MMA(N, TYPE, LIST, A, B, ACCUMULATE, TRANSPOSE, ...)                                          \
+#define HOPPER_MMA(N, TYPE, LIST, A, B, ACCUMULATE, TRANSPOSE, HIGH, ...)                                          \
     asm volatile(                                                                                            \
-        "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" ACCUMULATE ", 0;\n"                           \
-        "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" LIST "}, %" A ", %" B            \
+        "{\n.reg .pred accumulate;\n.reg .b64 a, b;\nsetp.ne.b32 accumulate, %" ACCUMULATE ", 0;\n"         \
+        "mov.b64 a, {%" A ", %" HIGH "};\nmov.b64 b, {%" B ", %" HIGH "};\n"                                 \
+        "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" LIST "}, a, b"                   \
         ", accumulate, 1, 1, %" TRANSPOSE ", 0;\n}\n"                                                        \
         : __VA_ARGS__                                                                                        \
-        : "l"(a), "l"(b), "r"(accumulate), "n"(int(A_M_MAJOR)))
+        : "r"(a), "r"(b), "r"(accumulate), "n"(int(A_M_MAJOR)), "n"(DESCRIPTOR_HIGH))
 
-#define HOPPER_MMA_TYPED(N, LIST, A, B, ACCUMULATE, TRANSPOSE, ...)                                          \
+#define HOPPER_MMA_TYPED(N, LIST, A, B, ACCUMULATE, TRANSPOSE, HIGH, ...)                                          \
     if constexpr (BF16)                                                                                      \
-        HOPPER_MMA(N, "bf16", LIST, A, B, ACCUMULATE, TRANSPOSE, __VA_ARGS__);                               \
+        HOPPER_MMA(N, "bf16", LIST, A, B, ACCUMULATE, TRANSPOSE, HIGH, __VA_ARGS__);                               \
     else                                                                                                     \
-        HOPPER_MMA(N, "f16", LIST, A, B, ACCUMULATE, TRANSPOSE, __VA_ARGS__)
+        HOPPER_MMA(N, "f16", LIST, A, B, ACCUMULATE, TRANSPOSE, HIGH, __VA_ARGS__)
 
 #define HOPPER_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define HOPPER_L8 "%0,%1,%2,%3,%4,%5,%6,%7"
@@ -57,20 +58,20 @@ __device__ __forceinline__ void pin(float (&d)[COUNT]) {
 // d[64, N] = a[64, 16] b[16, N] (+ d). Thread t of the warpgroup holds, for columns 8j + 2(t % 4) + {0, 1}, rows
 // 16(t / 32) + (t % 32) / 4 in d[4j + {0, 1}] and that row + 8 in d[4j + {2, 3}]. B is K-major.
 template <int N, bool BF16, bool A_M_MAJOR>
-__device__ __forceinline__ void wgmma(float (&d)[N / 2], u64 a, u64 b, int accumulate) {
+__device__ __forceinline__ void wgmma(float (&d)[N / 2], u32 a, u32 b, int accumulate) {
     static_assert(N == 8 || N == 16 || N == 24 || N == 32 || N == 64, "no wrapper for this N");
     if constexpr (N == 8) {
-        HOPPER_MMA_TYPED("8", "%0,%1,%2,%3", "4", "5", "6", "7", HOPPER_D4(0));
+        HOPPER_MMA_TYPED("8", "%0,%1,%2,%3", "4", "5", "6", "7", "8", HOPPER_D4(0));
     } else if constexpr (N == 16) {
-        HOPPER_MMA_TYPED("16", HOPPER_L8, "8", "9", "10", "11", HOPPER_D4(0), HOPPER_D4(4));
+        HOPPER_MMA_TYPED("16", HOPPER_L8, "8", "9", "10", "11", "12", HOPPER_D4(0), HOPPER_D4(4));
     } else if constexpr (N == 24) {
-        HOPPER_MMA_TYPED("24", HOPPER_L8 ",%8,%9,%10,%11", "12", "13", "14", "15", HOPPER_D4(0), HOPPER_D4(4),
+        HOPPER_MMA_TYPED("24", HOPPER_L8 ",%8,%9,%10,%11", "12", "13", "14", "15", "16", HOPPER_D4(0), HOPPER_D4(4),
                          HOPPER_D4(8));
     } else if constexpr (N == 32) {
-        HOPPER_MMA_TYPED("32", HOPPER_L16, "16", "17", "18", "19", HOPPER_D4(0), HOPPER_D4(4), HOPPER_D4(8),
+        HOPPER_MMA_TYPED("32", HOPPER_L16, "16", "17", "18", "19", "20", HOPPER_D4(0), HOPPER_D4(4), HOPPER_D4(8),
                          HOPPER_D4(12));
     } else {
-        HOPPER_MMA_TYPED("64", HOPPER_L32, "32", "33", "34", "35", HOPPER_D4(0), HOPPER_D4(4), HOPPER_D4(8),
+        HOPPER_MMA_TYPED("64", HOPPER_L32, "32", "33", "34", "35", "36", HOPPER_D4(0), HOPPER_D4(4), HOPPER_D4(8),
                          HOPPER_D4(12), HOPPER_D4(16), HOPPER_D4(20), HOPPER_D4(24), HOPPER_D4(28));
     }
 }

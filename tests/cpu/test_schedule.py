@@ -1,4 +1,4 @@
-"""The division of work: every tile once, evenly, and every lane knows who shares its unit."""
+"""The division of work: every tile once, no lane with more than its share, and every lane knows who shares its unit."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from etap_rt.schedule import (
     MAX_ROW_GROUPS,
     ROW_TILES,
+    SWITCH_TILES,
     TILE_KEYS,
     Grid,
+    Segment,
     divide,
     lane_begin,
     lane_of,
@@ -22,14 +24,35 @@ from etap_rt.schedule import (
 
 lengths_of_a_batch = st.lists(st.one_of(st.integers(0, 200), st.integers(0, 20_000)), max_size=40)
 grids = st.builds(Grid, st.sampled_from(ROW_TILES), st.integers(1, 8), st.integers(1, 4), st.integers(1, 140))
+H200 = Grid(rows=16, row_groups=1, passes=1, lanes=132)
+
+
+def tiles_of(segments: list[Segment]) -> int:
+    return sum(segment.tile_end - segment.tile_begin for segment in segments)
+
+
+def cells_of_a_lane(lengths: list[int], grid: Grid) -> int:
+    """What the busiest lane gets when the units stand in a row: tiles, and SWITCH_TILES for each further unit."""
+    tiles = sum(map(unit_tiles, lengths)) * grid.passes
+    gaps = SWITCH_TILES * len(lengths) * grid.passes if tiles > grid.lanes else 0
+    return -(-(tiles + gaps) // grid.lanes)
+
+
+def tiles_of_a_lane(lengths: list[int], grid: Grid) -> int | None:
+    """What the busiest lane gets when each unit has equally many lanes; None with more units than lanes."""
+    share = grid.lanes // (len(lengths) * grid.passes)
+    return -(-max(map(unit_tiles, lengths)) // share) if share else None
 
 
 @given(lengths_of_a_batch, grids)
-@example([], Grid(16, 1, 1, 132))
-@example([0], Grid(16, 1, 1, 132))
-@example([64 * 132], Grid(16, 1, 1, 132))
-@example([64 * 132 + 1], Grid(16, 1, 1, 132))
-@example([0] * 500, Grid(16, 1, 1, 132))
+@example([], H200)
+@example([0], H200)
+@example([64 * 132], H200)
+@example([64 * 132 + 1], H200)
+@example([0] * 500, H200)
+@example([0] * 132, H200)
+@example([64_000] * 16, H200)
+@example([64_000] * 15 + [0], H200)
 def test_every_tile_of_every_unit_is_computed_exactly_once(lengths: list[int], grid: Grid) -> None:
     tiles = defaultdict(list)
     for lane in divide(lengths, grid):
@@ -43,12 +66,46 @@ def test_every_tile_of_every_unit_is_computed_exactly_once(lengths: list[int], g
     }
 
 
-@given(lengths_of_a_batch, grids)
-def test_lanes_differ_by_one_tile_at_most(lengths: list[int], grid: Grid) -> None:
+@given(lengths_of_a_batch.filter(bool), grids)
+@example([64_000] * 16, H200)
+@example([64_000] * 15 + [0], H200)
+def test_no_lane_has_more_work_than_in_the_better_of_the_two_divisions(lengths: list[int], grid: Grid) -> None:
     work = divide(lengths, grid)
     assert len(work) == grid.lanes
-    loads = [sum(segment.tile_end - segment.tile_begin for segment in lane) for lane in work]
-    assert max(loads) - min(loads) <= 1
+    in_a_row, evenly = cells_of_a_lane(lengths, grid), tiles_of_a_lane(lengths, grid)
+    accepted = in_a_row if evenly is None else min(in_a_row, evenly)
+    gap = SWITCH_TILES if sum(map(tiles_of, work)) > grid.lanes else 0
+    for segments in work:
+        assert tiles_of(segments) + gap * max(0, len(segments) - 1) <= accepted
+
+
+@given(lengths_of_a_batch.filter(bool), grids)
+@example([64_000] * 16, H200)
+def test_a_lane_never_changes_units_where_the_even_division_is_as_good(lengths: list[int], grid: Grid) -> None:
+    evenly = tiles_of_a_lane(lengths, grid)
+    if evenly is None or evenly > cells_of_a_lane(lengths, grid):
+        return
+    for segments in divide(lengths, grid):
+        assert len(segments) <= 1
+    loads = [tiles_of(segments) for segments in divide(lengths, grid)]
+    assert max(loads) == evenly
+
+
+def test_requests_of_one_length_get_the_same_lanes_each() -> None:
+    """16 requests of 1000 tiles on 132 lanes: 8 lanes of 125 tiles for each, 4 lanes idle."""
+    work = divide([64_000] * 16, H200)
+    assert [tiles_of(segments) for segments in work] == [125] * 128 + [0] * 4
+
+
+def test_a_long_request_gets_the_lanes_that_short_ones_do_not_need() -> None:
+    work = divide([64_000, 0, 0, 0], H200)
+    assert max(map(tiles_of, work)) == -(-(1003 + 4 * SWITCH_TILES) // 132)
+    assert sum(segments[0].request == 0 for segments in work if segments) > 120
+
+
+def test_with_fewer_tiles_than_lanes_every_tile_has_a_lane_of_its_own() -> None:
+    work = divide([64 * 100, 0, 0], H200)
+    assert sorted(map(tiles_of, work)) == [0] * 30 + [1] * 102
 
 
 @given(lengths_of_a_batch, grids)
@@ -61,6 +118,7 @@ def test_segments_name_the_lanes_that_share_their_unit(lengths: list[int], grid:
             segments.append(segment)
     for segment in segments:
         lanes = sharing[segment.request, segment.pass_index]
+        assert segment.tile_begin < segment.tile_end
         assert lanes == list(range(segment.first_lane, segment.last_lane + 1))
 
 
@@ -103,7 +161,7 @@ def test_the_smallest_row_tile_that_holds_all_rows_is_taken(rows: int, tile: int
 
 
 def test_up_to_a_tile_of_rows_every_sm_is_a_lane_of_its_own() -> None:
-    assert plan_grid(16, 132) == Grid(rows=16, row_groups=1, passes=1, lanes=132)
+    assert plan_grid(16, 132) == H200
 
 
 @pytest.mark.parametrize(("length", "tiles"), [(0, 1), (1, 1), (TILE_KEYS, 1), (TILE_KEYS + 1, 2)])
