@@ -48,8 +48,8 @@ constexpr int WARPGROUP = 128;
 constexpr int CONSUMERS = 2 * WARPGROUP;
 constexpr int CONSUMER_WARPS = CONSUMERS / 32;
 constexpr int THREADS = CONSUMERS + WARPGROUP;  // the producer's other warps only lend their registers
-constexpr int PRODUCER_REGISTERS = 24;
-constexpr int CONSUMER_REGISTERS = 240;
+constexpr int PRODUCER_REGISTERS = 40;
+constexpr int CONSUMER_REGISTERS = 232;
 enum Barrier { CONSUMER_BARRIER = 1, QUERY_BARRIER = 2, WARPGROUP_BARRIER = 3 };  // the last + warpgroup
 
 // P may exceed 1 by this many powers of two before the columns are rescaled: fp16 has the room, fp32 sums too.
@@ -72,7 +72,7 @@ struct Divider {
 };
 
 struct Params {
-    TensorMap latent_map;  // (dims, page_size, num_pages), box 64 x 64 x 1
+    TensorMap latent_map;  // (dims, page_size, num_pages), box 64 x min(page_size, 64) x 1
     TensorMap rope_map;
     const u16* q_latent;
     const u16* q_rope;
@@ -89,12 +89,14 @@ struct Params {
     i64 lse_strides[3];
     i64 table_stride;
     i64 seqlens_stride;
-    Divider by_heads, by_page_tiles, by_lanes, by_share;
+    Divider by_heads, by_page_tiles, by_lanes, by_share, by_row_groups;
     int batch;
     int s_q;
     int heads;
     int max_pages;
-    int page_tiles;  // key tiles of a page
+    int page_size;
+    int page_tiles;  // key tiles of a page, 1 for pages smaller than a tile
+    int tile_pages;  // pages of a key tile, 1 for pages that hold whole tiles
     int lanes;
     int share;  // lanes of each unit when they are shared out evenly, 0 when there are more units than lanes
     int row_groups;
@@ -108,7 +110,7 @@ struct Params {
 constexpr int COUNTER_WORDS = 3;
 
 __device__ __forceinline__ int seqlen_of(const Params& p, int request) {
-    const i64 capacity = i64(p.max_pages) * p.page_tiles * TILE_KEYS;
+    const i64 capacity = i64(p.max_pages) * p.page_size;
     const i64 length = p.cache_seqlens[request * p.seqlens_stride];
     return int(length < 0 ? 0 : length > capacity ? capacity : length);
 }
@@ -210,10 +212,10 @@ constexpr int SHARED_LIMIT = 232448;
 constexpr int FIXED_BYTES = TILE_CHUNKS * Q_CHUNK_BYTES + 2 * P_BYTES + sizeof(Statistics) + sizeof(Start) +
                             sizeof(Walk) + 2 * sizeof(SharedUnit) + 5 * 8;
 constexpr int SLOTS = (SHARED_LIMIT - FIXED_BYTES) / (CHUNK_BYTES + 2 * 8);
-// Chunks of its next tile that a warpgroup multiplies before it turns to the tile in between. With few rows memory sets the
-// pace: the tile in between should not wait for all of the next one to arrive. With 64 the products do, and the more of
-// them run during the other's softmax, the better.
-constexpr int SPLIT_CHUNKS = ROWS <= 32 ? TILE_CHUNKS / 2 : TILE_CHUNKS;
+// Chunks of its next tile that a warpgroup multiplies before it turns to the tile in between: products for the time of the
+// other's softmax, but with 64 rows the tile in between holds half of the ring and should not wait for the last of them.
+// Measured, 128 requests of 4K, 64 heads: 200 us with 9, 189 with 6, 193 with 4, 197 with 2.
+constexpr int SPLIT_CHUNKS = ROWS <= 32 ? TILE_CHUNKS : TILE_CHUNKS - TILE_CHUNKS / 3;
 static_assert(SLOTS >= 2 * TILE_CHUNKS - ROPE_CHUNKS, "two tiles have to fit, less what is free after the scores");
 
 struct Shared {
@@ -325,37 +327,64 @@ __device__ __forceinline__ void prefetch_inputs(const Params& p, int lane) {
 
 // ---------------------------------------------------------------------------------------------- producer
 
+// Brings the chunks of one tile that lies in `parts` pages. Thread l of the warp copies parts l and l + 32, of pages `page`
+// and `second`.
+__device__ __forceinline__ void produce_tile(const Params& p, Shared& s, Place& place, int parts, int page, int second,
+                                             int token) {
+    const int l = threadIdx.x % 32;
+    const u32 part_bytes = CHUNK_BYTES / u32(parts);
+#pragma unroll 1
+    for (int j = 0; j < TILE_CHUNKS; ++j) {
+        const u32 full = shared_address(&s.chunk_full[place.slot]);
+        if (l == 0) {
+            mbarrier_wait(shared_address(&s.chunk_empty[place.slot]), place.parity ^ 1);
+            mbarrier_arrive_expect(full, CHUNK_BYTES);
+        }
+        __syncwarp();
+        const TensorMap* map = j < ROPE_CHUNKS ? &p.rope_map : &p.latent_map;
+        const int dim = (j < ROPE_CHUNKS ? j : j - ROPE_CHUNKS) * CHUNK_DIMS;
+        const u32 target = shared_address(s.ring[place.slot]);
+        if (l < parts) tma_load_3d(target + l * part_bytes, map, full, dim, token, page);
+        if (l + 32 < parts) tma_load_3d(target + (l + 32) * part_bytes, map, full, dim, token, second);
+        place = place.ahead(1);
+    }
+}
+
 __device__ __forceinline__ void produce(const Params& p, Shared& s, int lane) {
     const int l = threadIdx.x % 32;
     Place place(0, 0);
     for (Walk walk(p, s.start, lane); walk.active(); walk.next(p, s.start)) {
         const int tiles = walk.key_tiles();
         const int* table = p.block_table + i64(walk.request) * p.table_stride;
-        // Each thread of the warp holds the page of one of the next 32 tiles.
-        auto page_of = [&](int i) { return i < tiles ? table[p.by_page_tiles(walk.tile_begin + i)] : 0; };
-        int pages = page_of(l);
-        for (int group = 0; group < tiles; group += 32) {
-            const int next_pages = page_of(group + 32 + l);
-            const int count = min(32, tiles - group);
-            for (int i = 0; i < count; ++i) {
-                const int page = __shfl_sync(~0u, pages, i);
-                const int tile = walk.tile_begin + group + i;
-                const int token = (tile - p.by_page_tiles(tile) * p.page_tiles) * TILE_KEYS;
-                if (l == 0) {
-#pragma unroll 1
-                    for (int j = 0; j < TILE_CHUNKS; ++j) {
-                        const u32 full = shared_address(&s.chunk_full[place.slot]);
-                        mbarrier_wait(shared_address(&s.chunk_empty[place.slot]), place.parity ^ 1);
-                        mbarrier_arrive_expect(full, CHUNK_BYTES);
-                        const bool rope = j < ROPE_CHUNKS;
-                        tma_load_3d(shared_address(s.ring[place.slot]), rope ? &p.rope_map : &p.latent_map, full,
-                                    (rope ? j : j - ROPE_CHUNKS) * CHUNK_DIMS, token, page);
-                        place = place.ahead(1);
-                    }
+        if (p.tile_pages == 1) {
+            // Each thread of the warp holds the page of one of the next 32 tiles.
+            auto page_of = [&](int i) { return i < tiles ? table[p.by_page_tiles(walk.tile_begin + i)] : 0; };
+            int pages = page_of(l);
+            for (int group = 0; group < tiles; group += 32) {
+                const int next_pages = page_of(group + 32 + l);
+                const int count = min(32, tiles - group);
+                for (int i = 0; i < count; ++i) {
+                    const int tile = walk.tile_begin + group + i;
+                    const int token = (tile - p.by_page_tiles(tile) * p.page_tiles) * TILE_KEYS;
+                    produce_tile(p, s, place, 1, __shfl_sync(~0u, pages, i), 0, token);
                 }
-                __syncwarp();
+                pages = next_pages;
             }
-            pages = next_pages;
+        } else {
+            // Each thread holds one or two pages of the next tile. Past the last page of the request it takes the first
+            // of the tile once more: the barrier counts whole chunks, and what lies there is never used.
+            auto page_of = [&](int i, int part) {
+                const int index = (walk.tile_begin + i) * p.tile_pages;
+                const bool used = part < p.tile_pages && (index + part) * p.page_size < walk.seqlen;
+                return i < tiles ? table[index + (used ? part : 0)] : 0;
+            };
+            int page = page_of(0, l), second = page_of(0, l + 32);
+            for (int i = 0; i < tiles; ++i) {
+                const int next_page = page_of(i + 1, l), next_second = page_of(i + 1, l + 32);
+                produce_tile(p, s, place, p.tile_pages, page, second, 0);
+                page = next_page;
+                second = next_second;
+            }
         }
     }
 }
@@ -376,7 +405,7 @@ struct Consumer {
     u32 p_phase = 0;                  // bit w: parity of the next P^T of warpgroup w
 
     float o[OWN_BLOCKS][ROWS / 2];  // O^T, see wgmma for the layout
-    float x[ROWS / 2];              // S^T, then scaled scores
+    float x[ROWS / 2];              // S^T
     float sums[COLUMN_GROUPS][2];   // of this thread's keys, this warpgroup's tiles
 
     __device__ __forceinline__ Consumer(const Params& params, Shared& shared)
@@ -499,7 +528,7 @@ struct Consumer {
                 const int n = column(g, e);
                 const float4 m = st.warp_max[n];
                 const float old = tile == 0 ? NEG_INF : st.reference[warpgroup ^ 1][n];
-                const float grown = fmaxf(fmaxf(fmaxf(m.x, m.y), fmaxf(m.z, m.w)), old);
+                const float grown = fmaxf(fmaxf(fmaxf(m.x, m.y), fmaxf(m.z, m.w)) * p.scale_log2, old);
                 const float factor = grown == old ? 1.0f : exp2_approx(old - grown);
                 if (tile > 0) scale_column(g, e, factor);
                 if (warp == 0 && lane < 4) {
@@ -515,8 +544,6 @@ struct Consumer {
     __device__ __forceinline__ void publish_weights(int tile, int first_key, int seqlen, int first_row) {
         Statistics& st = s.statistics;
         const int limit = p.causal ? seqlen - p.s_q + 1 + p.by_heads(first_row) : seqlen;  // of the first row
-#pragma unroll
-        for (int i = 0; i < ROWS / 2; ++i) x[i] *= p.scale_log2;
         if (first_key + TILE_KEYS > min(limit, seqlen)) {
             const int key = first_key + warp * 16 + lane / 4;
 #pragma unroll
@@ -536,7 +563,7 @@ struct Consumer {
             for (int g = 0; g < COLUMN_GROUPS; ++g)
 #pragma unroll
                 for (int e = 0; e < 2; ++e)
-                    excess |= fmaxf(x[g * 4 + e], x[g * 4 + e + 2]) > reference[column(g, e)] + LAZY_LOG2;
+                    excess |= fmaf(fmaxf(x[g * 4 + e], x[g * 4 + e + 2]), p.scale_log2, -reference[column(g, e)]) > LAZY_LOG2;
             excess = named_barrier_any(WARPGROUP_BARRIER + warpgroup, WARPGROUP, excess);
         }
         if (excess) {
@@ -553,10 +580,11 @@ struct Consumer {
         for (int g = 0; g < COLUMN_GROUPS; ++g) {
             float w[4];
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const float m = reference[column(g, e)];
-                w[e] = exp2_approx(x[g * 4 + e] - (m == NEG_INF ? 0.0f : m));
-                sums[g][e % 2] += w[e];
+            for (int e = 0; e < 2; ++e) {
+                const float m = reference[column(g, e)], safe = m == NEG_INF ? 0.0f : m;
+                w[e] = exp2_approx(fmaf(x[g * 4 + e], p.scale_log2, -safe));
+                w[e + 2] = exp2_approx(fmaf(x[g * 4 + e + 2], p.scale_log2, -safe));
+                sums[g][e] += w[e] + w[e + 2];
             }
             // P is kept [column][key], K-major: 128 bytes a column, 16-byte pieces swizzled by the column.
             const int n = g * 8 + lane % 8, piece = warp * 2 + lane / 8 % 2;
@@ -680,7 +708,7 @@ __device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, in
     const bool whole = walk.starts() && walk.ends();
     const int slot = partial_slot(p, lane, walk.starts(), row_group);
     if (!whole) {
-        float4* target = p.partials + i64(partial_index(slot, c.warpgroup * OWN_BLOCKS, c.warp, 0)) * 32 + c.lane;
+        float4* target = p.partials + partial_index(slot, c.warpgroup * OWN_BLOCKS, c.warp, 0) * 32 + c.lane;
 #pragma unroll
         for (int g = 0; g < COLUMN_GROUPS; ++g)
 #pragma unroll
@@ -711,7 +739,7 @@ __device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, in
             store_lse(p, walk.request, rows, n, reference, sum);
             s.statistics.inverse_sum[n] = sum == 0.0f ? 0.0f : 1.0f / sum;
         } else {
-            p.partial_stats[i64(slot) * ROWS + n] = make_float2(reference, sum);
+            p.partial_stats[slot * ROWS + n] = make_float2(reference, sum);
         }
     }
     if (whole) {
@@ -745,8 +773,10 @@ __device__ __forceinline__ void merge_members(const Params& p, const SharedUnit&
                                               int to, Merged& m) {
     constexpr int BATCH = 8;  // members whose loads are in flight together
     const int lane = threadIdx.x % 32, group = piece % COLUMN_GROUPS;
-    const float4* partials = p.partials + piece * 32 + lane;
-    const float2* partial_stats = p.partial_stats + group * 8 + lane % 4 * 2;
+    // Of member 0, as if it started in the middle of the unit; the next member's lie two slots a row group further on.
+    const u32 first = partial_slot(p, unit.first_lane, false, row_group), step = 2 * p.row_groups;
+    const float4* partials = p.partials + first * (MERGE_PIECES * 32) + piece * 32 + lane;
+    const float2* partial_stats = p.partial_stats + first * ROWS + group * 8 + lane % 4 * 2;
     int base = from;
     do {
         float4 v[BATCH], stats[BATCH];
@@ -756,9 +786,9 @@ __device__ __forceinline__ void merge_members(const Params& p, const SharedUnit&
             v[i] = make_float4(0, 0, 0, 0);
             stats[i] = make_float4(NEG_INF, 0, NEG_INF, 0);
             if (base + i < to) {
-                const int slot = partial_slot(p, unit.first_lane + base + i, base + i == 0, row_group);
-                v[i] = load_shared_by_ctas(partials + i64(slot) * MERGE_PIECES * 32);
-                stats[i] = load_shared_by_ctas(reinterpret_cast<const float4*>(partial_stats + i64(slot) * ROWS));
+                const u32 slot = base + i == 0 ? p.row_groups : (base + i) * step;  // from `first`
+                v[i] = load_shared_by_ctas(partials + slot * (MERGE_PIECES * 32));
+                stats[i] = load_shared_by_ctas(reinterpret_cast<const float4*>(partial_stats + slot * ROWS));
             }
         }
 #pragma unroll
@@ -956,7 +986,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared& s, int lane, in
 extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     Shared& s = *reinterpret_cast<Shared*>(memory);
-    const int lane = blockIdx.x / p.row_groups, row_group = blockIdx.x % p.row_groups;
+    const int lane = p.by_row_groups(blockIdx.x), row_group = blockIdx.x - lane * p.row_groups;
 
     if (threadIdx.x == CONSUMERS) {
 #pragma unroll 1

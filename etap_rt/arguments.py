@@ -323,8 +323,8 @@ def _check_cache(cache: list[Layout], latent_dim: int, rope_dim: int, like: Layo
         raise ArgumentError("kv_cache[1]", f"shape {cache[1].shape}", accepted)
     if num_pages < 1:
         raise ArgumentError(names[0], f"shape {cache[0].shape}", "at least one page")
-    if page_size < 1 or page_size % TILE_KEYS:
-        accepted = f"a page size (dim 1) that is a multiple of {TILE_KEYS}"
+    if page_size < 1 or (page_size % TILE_KEYS and TILE_KEYS % page_size):
+        accepted = f"a page size (dim 1) that divides {TILE_KEYS} or is a multiple of it"
         raise ArgumentError(names[0], f"shape {cache[0].shape}", accepted)
     return num_pages, page_size
 

@@ -43,8 +43,8 @@ def mla_decode(
         q: (b, s_q, h, latent + rope), or the pair (latent part, rope part); bfloat16 or float16; 1 to 128 heads.
             Last dim contiguous, other strides free.
         kv_cache: (num_pages, page_size, latent + rope), with or without a dim of 1 before the last, or the pair
-            (latent part, rope part); dtype of q. Last dim contiguous, strides multiples of 16 bytes; page_size a
-            multiple of 64 tokens.
+            (latent part, rope part); dtype of q. Last dim contiguous, strides multiples of 16 bytes; page_size 1, 2,
+            4, 8, 16, 32 or a multiple of 64 tokens.
         block_table: (b, max_pages) int32; the pages of each request. Entries past its last page are never read.
         cache_seqlens: (b,) int32; tokens of each request in the cache, the s_q newest included; 0 is legal.
         softmax_scale: factor of the scores. DeepSeek's is (128 + 64) ** -0.5 times its yarn factor.
@@ -111,11 +111,14 @@ class Params(ctypes.Structure):
         ("by_page_tiles", ctypes.c_uint64),
         ("by_lanes", ctypes.c_uint64),
         ("by_share", ctypes.c_uint64),
+        ("by_row_groups", ctypes.c_uint64),
         ("batch", ctypes.c_int32),
         ("s_q", ctypes.c_int32),
         ("heads", ctypes.c_int32),
         ("max_pages", ctypes.c_int32),
+        ("page_size", ctypes.c_int32),
         ("page_tiles", ctypes.c_int32),
+        ("tile_pages", ctypes.c_int32),
         ("lanes", ctypes.c_int32),
         ("share", ctypes.c_int32),
         ("row_groups", ctypes.c_int32),
@@ -124,7 +127,7 @@ class Params(ctypes.Structure):
         ("q_vector_loads", ctypes.c_int32),
         ("patience", ctypes.c_int32),
         ("scale_log2", ctypes.c_float),
-        ("padding", ctypes.c_char * 52),  # tensor maps give the kernel's struct an alignment of 64 bytes
+        ("padding", ctypes.c_char * 36),  # tensor maps give the kernel's struct an alignment of 64 bytes
     ]
 
 
@@ -139,12 +142,14 @@ def make_params(problem: Problem, grid: Grid) -> Params:
     params.seqlens_stride = problem.cache_seqlens_stride
     params.batch, params.s_q, params.heads = problem.batch, problem.s_q, problem.heads
     params.max_pages = problem.max_pages
-    params.page_tiles = problem.page_size // TILE_KEYS
+    params.page_size = problem.page_size
+    params.page_tiles = max(1, problem.page_size // TILE_KEYS)
+    params.tile_pages = max(1, TILE_KEYS // problem.page_size)
     params.lanes, params.row_groups, params.passes = grid.lanes, grid.row_groups, grid.passes
     params.by_heads, params.by_page_tiles = divider(params.heads), divider(params.page_tiles)
     params.by_lanes = divider(params.lanes)
     params.share = grid.lanes // (problem.batch * grid.passes)
-    params.by_share = divider(max(1, params.share))
+    params.by_share, params.by_row_groups = divider(max(1, params.share)), divider(params.row_groups)
     params.patience = PATIENCE
     return params
 
@@ -196,7 +201,7 @@ class _Launch:
                 address,
                 (dim, problem.page_size, problem.num_pages),
                 (token * ELEMENT_BYTES, page * ELEMENT_BYTES),
-                (CHUNK_DIMS, TILE_KEYS, 1),
+                (CHUNK_DIMS, min(problem.page_size, TILE_KEYS), 1),
             )
 
         maps = encode(call.cache_latent, problem.latent_dim, problem.cache_strides)

@@ -51,6 +51,7 @@ def tiles_of_a_lane(lengths: list[int], grid: Grid) -> int | None:
 @example([64 * 132 + 1], H200)
 @example([0] * 500, H200)
 @example([0] * 132, H200)
+@example([4096] * 16, H200)
 @example([64_000] * 16, H200)
 @example([64_000] * 15 + [0], H200)
 def test_every_tile_of_every_unit_is_computed_exactly_once(lengths: list[int], grid: Grid) -> None:
@@ -67,6 +68,7 @@ def test_every_tile_of_every_unit_is_computed_exactly_once(lengths: list[int], g
 
 
 @given(lengths_of_a_batch.filter(bool), grids)
+@example([4096] * 16, H200)
 @example([64_000] * 16, H200)
 @example([64_000] * 15 + [0], H200)
 def test_no_lane_has_more_work_than_in_the_better_of_the_two_divisions(lengths: list[int], grid: Grid) -> None:
@@ -80,7 +82,7 @@ def test_no_lane_has_more_work_than_in_the_better_of_the_two_divisions(lengths: 
 
 
 @given(lengths_of_a_batch.filter(bool), grids)
-@example([64_000] * 16, H200)
+@example([4096] * 16, H200)
 def test_a_lane_never_changes_units_where_the_even_division_is_as_good(lengths: list[int], grid: Grid) -> None:
     evenly = tiles_of_a_lane(lengths, grid)
     if evenly is None or evenly > cells_of_a_lane(lengths, grid):
@@ -92,9 +94,17 @@ def test_a_lane_never_changes_units_where_the_even_division_is_as_good(lengths: 
 
 
 def test_requests_of_one_length_get_the_same_lanes_each() -> None:
-    """16 requests of 1000 tiles on 132 lanes: 8 lanes of 125 tiles for each, 4 lanes idle."""
+    """16 requests of 64 tiles on 132 lanes: 8 lanes of 8 tiles for each, 4 lanes idle."""
+    work = divide([4096] * 16, H200)
+    assert [tiles_of(segments) for segments in work] == [8] * 128 + [0] * 4
+    assert [segments[0].first_lane for segments in work[:128]] == [lane // 8 * 8 for lane in range(128)]
+
+
+def test_lanes_that_would_be_left_over_are_worth_a_change_of_units() -> None:
+    """16 requests of 1000 tiles on 132 lanes: 122 for each lane, where 8 lanes a request would have 125."""
     work = divide([64_000] * 16, H200)
-    assert [tiles_of(segments) for segments in work] == [125] * 128 + [0] * 4
+    assert max(map(tiles_of, work)) == 122
+    assert all(work)
 
 
 def test_a_long_request_gets_the_lanes_that_short_ones_do_not_need() -> None:

@@ -1,0 +1,93 @@
+"""Every kernel of the package, compiled for Hopper here and now: no spills, no local memory, and the wgmma it should have."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from importlib import metadata
+
+import pytest
+
+from etap_rt import compiler
+from etap_rt.compiler import Compiled, build_report, compile_spec, compile_specs
+from etap_rt.decode import THREADS
+from etap_rt.errors import CompileError
+from etap_rt.kernels import DIMS, ELEMENT_TYPES, KernelSpec, all_specs, decode_spec
+from etap_rt.schedule import ROW_TILES
+
+REGISTERS_OF_AN_SM = 65536
+DECODE_SPECS = [spec for spec in all_specs() if spec.entry == "mla_decode"]
+
+# Instructions of the tensor cores. Those whose result is the register RZ compute nothing: ptxas waits with them.
+HGMMA = re.compile(r"HGMMA\.(\d+x\d+x\d+)\.(\S+) R\d")
+LOCAL_MEMORY = re.compile(r"\b(?:LDL|STL)\b.*")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[KernelSpec], Compiled]]:
+    """Gives the machine code of a spec, from a disk cache that was empty before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(compiler.CACHE_VARIABLE, str(tmp_path_factory.mktemp("kernels")))
+        patch.setattr(compiler, "_compiled", {})
+        try:
+            compile_specs(all_specs())
+        except CompileError:
+            pass  # to be raised again, in the test of the spec
+        yield compile_spec
+
+
+@pytest.fixture(scope="module")
+def disassemble(compiled: Callable[[KernelSpec], Compiled]) -> Callable[[KernelSpec], str]:
+    """Gives the SASS of a spec."""
+    files = metadata.files("nvidia-cuda-cuobjdump") or []
+    cuobjdump = next(str(file.locate()) for file in files if file.name == "cuobjdump")
+
+    def sass(spec: KernelSpec) -> str:
+        command = [cuobjdump, "-sass", str(compiled(spec).path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    return sass
+
+
+def constants(spec: KernelSpec) -> dict[str, int]:
+    return dict(spec.defines)
+
+
+def test_there_is_a_decode_kernel_for_every_dtype_dims_and_row_tile() -> None:
+    wanted = {decode_spec(dtype, *dims, rows) for dtype in ELEMENT_TYPES for dims in DIMS for rows in ROW_TILES}
+    assert len(DECODE_SPECS) == len(wanted) == 20
+    assert set(DECODE_SPECS) == wanted
+
+
+@pytest.mark.parametrize("spec", all_specs(), ids=str)
+def test_nothing_is_spilled(spec: KernelSpec, compiled: Callable[[KernelSpec], Compiled]) -> None:
+    report = build_report(compiled(spec))
+    assert (report.spill_stores, report.spill_loads, report.stack) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("spec", DECODE_SPECS, ids=str)
+def test_wgmma_stays_asynchronous_and_a_cta_fits_an_sm(
+    spec: KernelSpec, compiled: Callable[[KernelSpec], Compiled]
+) -> None:
+    report = build_report(compiled(spec))
+    assert not report.serialized_wgmma
+    assert report.shared == 0, "shared memory is all dynamic"
+    assert report.registers * THREADS <= REGISTERS_OF_AN_SM
+
+
+@pytest.mark.parametrize("spec", DECODE_SPECS, ids=str)
+def test_the_tensor_cores_work_on_whole_row_tiles(
+    spec: KernelSpec, compiled: Callable[[KernelSpec], Compiled], disassemble: Callable[[KernelSpec], str]
+) -> None:
+    rows, bf16 = constants(spec)["ROWS"], constants(spec)["IS_BF16"]
+    found = HGMMA.findall(disassemble(spec))
+    assert set(found) == {(f"64x{rows}x16", "F32.BF16" if bf16 else "F32")}
+    assert compiled(spec).wgmma == ((f"m64n{rows}k16", len(found)),), "as many as in the PTX"
+
+
+@pytest.mark.parametrize("spec", DECODE_SPECS, ids=str)
+def test_local_memory_is_never_touched(spec: KernelSpec, disassemble: Callable[[KernelSpec], str]) -> None:
+    sass = disassemble(spec)
+    assert f"Function : {spec.entry}" in sass
+    assert LOCAL_MEMORY.findall(sass) == []
