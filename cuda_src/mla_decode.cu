@@ -6,7 +6,7 @@
 //
 // One CTA on each SM walks over its share of all key tiles (see schedule.py for the vocabulary). Three actors:
 //
-//   producer, one warp         brings key tiles in chunks of 64 dims x 64 keys (8 KiB) through a ring of SLOTS chunks
+//   producer, four warps       bring key tiles in chunks of 64 dims x 64 keys (8 KiB) through a ring of SLOTS chunks
 //   warpgroups 0 and 1         take turns at the scores and softmax of a tile (even and odd tiles), publish P^T to each
 //                              other, and each accumulates one half of the latent dims of O^T for every tile
 //
@@ -47,7 +47,8 @@ constexpr int MERGE_PIECES = LATENT_CHUNKS * 4 * COLUMN_GROUPS;  // of 16 dims x
 constexpr int WARPGROUP = 128;
 constexpr int CONSUMERS = 2 * WARPGROUP;
 constexpr int CONSUMER_WARPS = CONSUMERS / 32;
-constexpr int THREADS = CONSUMERS + WARPGROUP;  // the producer's other warps only lend their registers
+constexpr int PRODUCER_WARPS = 4;
+constexpr int THREADS = CONSUMERS + PRODUCER_WARPS * 32;
 constexpr int PRODUCER_REGISTERS = 40;
 constexpr int CONSUMER_REGISTERS = 232;
 enum Barrier { CONSUMER_BARRIER = 1, QUERY_BARRIER = 2, WARPGROUP_BARRIER = 3 };  // the last + warpgroup
@@ -327,14 +328,15 @@ __device__ __forceinline__ void prefetch_inputs(const Params& p, int lane) {
 
 // ---------------------------------------------------------------------------------------------- producer
 
-// Brings the chunks of one tile that lies in `parts` pages. Thread l of the warp copies parts l and l + 32, of pages `page`
-// and `second`.
-__device__ __forceinline__ void produce_tile(const Params& p, Shared& s, Place& place, int parts, int page, int second,
+// Brings every PRODUCER_WARPS-th chunk of one tile that lies in `parts` pages. Thread l of the warp copies parts l and
+// l + 32, of pages `page` and `second`.
+__device__ __forceinline__ void produce_tile(const Params& p, Shared& s, const Place& first, int parts, int page, int second,
                                              int token) {
-    const int l = threadIdx.x % 32;
+    const int l = threadIdx.x % 32, warp = uniform(threadIdx.x / 32 - CONSUMER_WARPS);
     const u32 part_bytes = CHUNK_BYTES / u32(parts);
 #pragma unroll 1
-    for (int j = 0; j < TILE_CHUNKS; ++j) {
+    for (int j = warp; j < TILE_CHUNKS; j += PRODUCER_WARPS) {
+        const Place place = first.ahead(j);
         const u32 full = shared_address(&s.chunk_full[place.slot]);
         if (l == 0) {
             mbarrier_wait(shared_address(&s.chunk_empty[place.slot]), place.parity ^ 1);
@@ -346,7 +348,6 @@ __device__ __forceinline__ void produce_tile(const Params& p, Shared& s, Place& 
         const u32 target = shared_address(s.ring[place.slot]);
         if (l < parts) tma_load_3d(target + l * part_bytes, map, full, dim, token, page);
         if (l + 32 < parts) tma_load_3d(target + (l + 32) * part_bytes, map, full, dim, token, second);
-        place = place.ahead(1);
     }
 }
 
@@ -367,6 +368,7 @@ __device__ __forceinline__ void produce(const Params& p, Shared& s, int lane) {
                     const int tile = walk.tile_begin + group + i;
                     const int token = (tile - p.by_page_tiles(tile) * p.page_tiles) * TILE_KEYS;
                     produce_tile(p, s, place, 1, __shfl_sync(~0u, pages, i), 0, token);
+                    place = place.ahead(TILE_CHUNKS);
                 }
                 pages = next_pages;
             }
@@ -382,6 +384,7 @@ __device__ __forceinline__ void produce(const Params& p, Shared& s, int lane) {
             for (int i = 0; i < tiles; ++i) {
                 const int next_page = page_of(i + 1, l), next_second = page_of(i + 1, l + 32);
                 produce_tile(p, s, place, p.tile_pages, page, second, 0);
+                place = place.ahead(TILE_CHUNKS);
                 page = next_page;
                 second = next_second;
             }
@@ -1001,7 +1004,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
     find_start(p, s.start, lane);
     if (uniform(threadIdx.x / WARPGROUP) == 2) {
         registers_give_up<PRODUCER_REGISTERS>();
-        if (uniform(threadIdx.x / 32) == CONSUMER_WARPS) produce(p, s, lane);
+        produce(p, s, lane);
     } else {
         registers_take<CONSUMER_REGISTERS>();
         consume(p, s, lane, row_group);

@@ -503,7 +503,8 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         except ImportError:
             pass
         else:
-            table = Table(*headings[:1])
+            table = Table()
+            table.add_column(headings[0], no_wrap=True)
             for heading in headings[1:]:
                 table.add_column(heading, justify="right")
             for row in rows:

@@ -8,9 +8,8 @@
 
 using namespace hopper;
 
-constexpr int TILE_KEYS = 64;
 constexpr int CHUNKS = 9;  // of 64 dims: 512 latent + 64 rope
-constexpr int CHUNK_BYTES = 8192;
+constexpr int CHUNK_BYTES = 8192;  // 64 keys x 64 dims x 2 bytes
 constexpr int STAGES = 2;
 
 struct Params {
@@ -20,8 +19,8 @@ struct Params {
 };
 
 extern "C" __global__ void __launch_bounds__(32, 1) stream_floor(const __grid_constant__ Params p) {
-    extern __shared__ __align__(1024) unsigned char memory[];
-    __shared__ u64 full[STAGES];
+    extern __shared__ __align__(1024) unsigned char memory[];  // STAGES tiles of CHUNKS chunks; nobody reads them
+    __shared__ u64 full[STAGES];                               // a stage's bytes have arrived
     if (threadIdx.x != 0) return;
     for (int i = 0; i < STAGES; ++i) mbarrier_init(shared_address(&full[i]), 1);
     mbarrier_init_fence();
