@@ -12,8 +12,8 @@
 //
 // Shared memory               written by                read by               between them
 //   ring[slot]                copy engine               wgmma                 chunk_full (TMA bytes), chunk_empty (4 warps)
-//   q                         both warpgroups           wgmma                 consumer barrier, async-proxy fence
-//   p[w]                      warpgroup w               wgmma of both         p_full[w] (4 warps); free again because w
+//   q                         warpgroup 0               wgmma                 q_full (128 threads)
+//   p[w]                      warpgroup w               wgmma of both         p_full[w] (128 threads); free again because w
 //                                                                             waits for the other's next P^T first
 //   reference, factor[w],     warpgroup w, when a       both                  p_full[w]
 //   rescale[w]                column's maximum grew
@@ -51,7 +51,16 @@ constexpr int PRODUCER_WARPS = 4;
 constexpr int THREADS = CONSUMERS + PRODUCER_WARPS * 32;
 constexpr int PRODUCER_REGISTERS = 40;
 constexpr int CONSUMER_REGISTERS = 232;
-enum Barrier { CONSUMER_BARRIER = 1, QUERY_BARRIER = 2, WARPGROUP_BARRIER = 3 };  // the last + warpgroup
+// Named barriers, one for each meeting point; both warpgroups take part but for the last.
+enum Barrier {
+    SUMS_BARRIER = 1,      // the warps' sums are in shared memory
+    INVERSES_BARRIER,      // and their inverses
+    SEGMENT_BARRIER,       // a segment's results are written
+    MEET_BARRIER,          // thread 0 has seen the other lanes arrive
+    SHARES_BARRIER,        // before and (+ 1) after helpers leave their shares of a piece
+    PART_BARRIER = SHARES_BARRIER + 2,  // a part of a shared unit is merged
+    WARPGROUP_BARRIER      // of one warpgroup: + its number
+};
 
 // P may exceed 1 by this many powers of two before the columns are rescaled: fp16 has the room, fp32 sums too.
 constexpr float LAZY_LOG2 = 8.0f;
@@ -83,7 +92,7 @@ struct Params {
     const int* cache_seqlens;
     float4* partials;        // [slot][block of 64 dims][warp][column group][lane of the warp]
     float2* partial_stats;   // [slot][column]: reference, sum
-    u32* counters;           // [lane of the grid][row group]{arrivals, departures, gave up}; zero between launches
+    u32* counters;           // [lane of the grid][row group][COUNTER_WORDS]; zero between launches
     i64 q_strides[3];        // elements, of (request, query token, head)
     i64 q_rope_strides[3];
     i64 out_strides[3];
@@ -108,7 +117,9 @@ struct Params {
     float scale_log2;    // softmax_scale * log2(e)
 };
 
-constexpr int COUNTER_WORDS = 3;
+// Of the unit that starts in a lane: arrivals, departures. Of the lane itself: whether it gave up waiting for the unit it
+// continues, for the unit it starts.
+constexpr int COUNTER_WORDS = 4;
 
 __device__ __forceinline__ int seqlen_of(const Params& p, int request) {
     const i64 capacity = i64(p.max_pages) * p.page_size;
@@ -211,7 +222,7 @@ struct SharedUnit {
 
 constexpr int SHARED_LIMIT = 232448;
 constexpr int FIXED_BYTES = TILE_CHUNKS * Q_CHUNK_BYTES + 2 * P_BYTES + sizeof(Statistics) + sizeof(Start) +
-                            sizeof(Walk) + 2 * sizeof(SharedUnit) + 5 * 8;
+                            sizeof(Walk) + 2 * sizeof(SharedUnit) + 6 * 8;
 constexpr int SLOTS = (SHARED_LIMIT - FIXED_BYTES) / (CHUNK_BYTES + 2 * 8);
 // Chunks of its next tile that a warpgroup multiplies before it turns to the tile in between: products for the time of the
 // other's softmax, but with 64 rows the tile in between holds half of the ring and should not wait for the last of them.
@@ -226,6 +237,7 @@ struct Shared {
     u64 chunk_full[SLOTS];
     u64 chunk_empty[SLOTS];
     u64 p_full[2];
+    u64 q_full;
     Start start;
     Walk walk;  // of the consumers
     SharedUnit shared_units[2];
@@ -471,6 +483,13 @@ struct Consumer {
         pin_output();
     }
 
+    __device__ __forceinline__ void warpgroup_barrier() const {
+        if (warpgroup == 0)
+            named_barrier<WARPGROUP_BARRIER, WARPGROUP>();
+        else
+            named_barrier<WARPGROUP_BARRIER + 1, WARPGROUP>();
+    }
+
     __device__ __forceinline__ void pin_output() {
 #pragma unroll
         for (int b = 0; b < OWN_BLOCKS; ++b) pin(o[b]);
@@ -507,7 +526,7 @@ struct Consumer {
             reinterpret_cast<uint4*>(s.ring[slot])[row * 8 + i % 8] = make_uint4(0, 0, 0, 0);
         }
         fence_async_proxy();
-        named_barrier(WARPGROUP_BARRIER + warpgroup, WARPGROUP);
+        warpgroup_barrier();
     }
 
     // Takes the column maxima of the tile into the reference and rescales what has been accumulated.
@@ -523,7 +542,7 @@ struct Consumer {
                 for (int d = 4; d < 32; d *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, d));
                 if (lane < 4) warp_max[column(g, e) * 4 + warp] = m;
             }
-        named_barrier(WARPGROUP_BARRIER + warpgroup, WARPGROUP);
+        warpgroup_barrier();
 #pragma unroll
         for (int g = 0; g < COLUMN_GROUPS; ++g)
 #pragma unroll
@@ -540,7 +559,7 @@ struct Consumer {
                 }
             }
         if (threadIdx.x % WARPGROUP == 0) st.rescale[warpgroup] = 1;
-        named_barrier(WARPGROUP_BARRIER + warpgroup, WARPGROUP);
+        warpgroup_barrier();
     }
 
     // Softmax of a finished S^T, published as P^T. No product may be running.
@@ -567,7 +586,8 @@ struct Consumer {
 #pragma unroll
                 for (int e = 0; e < 2; ++e)
                     excess |= fmaf(fmaxf(x[g * 4 + e], x[g * 4 + e + 2]), p.scale_log2, -reference[column(g, e)]) > LAZY_LOG2;
-            excess = named_barrier_any(WARPGROUP_BARRIER + warpgroup, WARPGROUP, excess);
+            excess = warpgroup == 0 ? named_barrier_any<WARPGROUP_BARRIER, WARPGROUP>(excess)
+                                    : named_barrier_any<WARPGROUP_BARRIER + 1, WARPGROUP>(excess);
         }
         if (excess) {
             move_reference(tile);
@@ -595,8 +615,7 @@ struct Consumer {
                                 pack<IS_BF16>(w[2], w[3]));
         }
         fence_async_proxy();
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(shared_address(&s.p_full[warpgroup]));
+        mbarrier_arrive(shared_address(&s.p_full[warpgroup]));
     }
 
     // All key tiles of a segment; tile indices count from its start.
@@ -731,7 +750,7 @@ __device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, in
             for (int d = 4; d < 32; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
             if (c.lane < 4) warp_sums[threadIdx.x / 32][c.column(g, e)] = sum;
         }
-    named_barrier(CONSUMER_BARRIER, CONSUMERS);
+    named_barrier<SUMS_BARRIER, CONSUMERS>();
     if (threadIdx.x < ROWS) {
         const int n = threadIdx.x;
         float sum = 0.0f;
@@ -746,7 +765,7 @@ __device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, in
         }
     }
     if (whole) {
-        named_barrier(CONSUMER_BARRIER, CONSUMERS);
+        named_barrier<INVERSES_BARRIER, CONSUMERS>();
 #pragma unroll
         for (int g = 0; g < COLUMN_GROUPS; ++g) {
             const float even = s.statistics.inverse_sum[c.column(g, 0)], odd = s.statistics.inverse_sum[c.column(g, 1)];
@@ -762,6 +781,10 @@ __device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, in
 
 __device__ __forceinline__ u32* counter_of(const Params& p, int lane, int row_group) {
     return p.counters + (lane * p.row_groups + row_group) * COUNTER_WORDS;
+}
+
+__device__ __forceinline__ u32* gave_up_word(const Params& p, const SharedUnit& unit, int member, int row_group) {
+    return counter_of(p, unit.first_lane + member, row_group) + (member == 0 ? 3 : 2);
 }
 
 // Running combination of partial results for one column group of 16 dims.
@@ -845,9 +868,9 @@ __device__ __forceinline__ void merge_part(const Params& p, Shared& s, const Sha
                       piece < MERGE_PIECES && !rehearsal ? members * (helper + 1) >> share_log2 : 0, m);
         if (helpers > 1) {
             if (!rehearsal) {
-                named_barrier(CONSUMER_BARRIER, CONSUMERS);
+                named_barrier<SHARES_BARRIER, CONSUMERS>();
                 shares[warp][lane] = m;
-                named_barrier(CONSUMER_BARRIER, CONSUMERS);
+                named_barrier<SHARES_BARRIER + 1, CONSUMERS>();
             }
             if (helper == 0) {
                 Merged all = {{0, 0, 0, 0}, {NEG_INF, NEG_INF}, {0, 0}};
@@ -898,7 +921,7 @@ __device__ __forceinline__ void meet_and_merge(const Params& p, Shared& s, const
             u32 seen = load_acquire(arrivals);
             while ((seen & ARRIVED) != members) {
                 if (clock64() - start > p.patience) {
-                    counter_of(p, lane, row_group)[2] = 1;
+                    *gave_up_word(p, unit, member, row_group) = 1;
                     seen = atomic_add_acq_rel(arrivals, GAVE_UP);
                     break;
                 }
@@ -906,7 +929,7 @@ __device__ __forceinline__ void meet_and_merge(const Params& p, Shared& s, const
             }
             s.arrivals = seen;
         }
-        named_barrier(CONSUMER_BARRIER, CONSUMERS);
+        named_barrier<MEET_BARRIER, CONSUMERS>();
         complete = (s.arrivals & ARRIVED) == members;
         abandoned = complete && s.arrivals >= GAVE_UP;
         if (threadIdx.x == 0 && !abandoned) left_before = atomic_add_acq_rel(arrivals + 1, 1);
@@ -914,19 +937,19 @@ __device__ __forceinline__ void meet_and_merge(const Params& p, Shared& s, const
     if (complete)
 #pragma unroll 1
         for (int part = abandoned ? 0 : member; part < int(members); ++part) {
-            const volatile u32* gave_up = counter_of(p, unit.first_lane + part, row_group) + 2;
+            const volatile u32* gave_up = gave_up_word(p, unit, part, row_group);
             if (part == member || *gave_up) merge_part(p, s, unit, row_group, part, rehearsal);
             if (!abandoned) break;
         }
     if (rehearsal) return;
-    named_barrier(CONSUMER_BARRIER, CONSUMERS);
+    named_barrier<PART_BARRIER, CONSUMERS>();
     if (threadIdx.x == 0) {
         if (abandoned) left_before = atomic_add_acq_rel(arrivals + 1, 1);
         if (left_before == members - 1) {
             // The last to leave: nobody looks at these words again in this launch.
             if (load_acquire(arrivals) >= GAVE_UP)
                 for (int other = 0; other < int(members); ++other)
-                    counter_of(p, unit.first_lane + other, row_group)[2] = 0;
+                    *gave_up_word(p, unit, other, row_group) = 0;
             arrivals[0] = arrivals[1] = 0;
         }
     }
@@ -944,6 +967,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared& s, int lane, in
     Consumer c(p, s);
     // A lane shares at most two units: the one it starts in the middle of and the one it does not finish.
     int shared_units = 0;
+    u32 q_phase = 0;
     // Warpgroup 1 has nothing to do until the second tile is there. It goes through the merge without touching memory, so
     // that its instructions are at hand when everybody waits for them.
     bool rehearsal = ROWS <= 32 && c.warpgroup == 1;
@@ -958,19 +982,17 @@ __device__ __forceinline__ void consume(const Params& p, Shared& s, int lane, in
                     c.load_queries(walk.request, rows);
                     copy_wait_all();
                     fence_async_proxy();
-                    named_barrier_arrive(QUERY_BARRIER, CONSUMERS);
-                    named_barrier(WARPGROUP_BARRIER, WARPGROUP);
-                } else {
-                    if (!(walk.starts() && walk.ends()) && threadIdx.x == WARPGROUP) {
-                        s.shared_units[shared_units] = shared_unit(p, s.start, walk, lane);
-                    }
-                    named_barrier(QUERY_BARRIER, CONSUMERS);
+                    mbarrier_arrive(shared_address(&s.q_full));
+                } else if (!(walk.starts() && walk.ends()) && threadIdx.x == WARPGROUP) {
+                    s.shared_units[shared_units] = shared_unit(p, s.start, walk, lane);
                 }
+                mbarrier_wait(shared_address(&s.q_full), q_phase);
+                q_phase ^= 1;
                 c.clear_output();
                 if (walk.key_tiles() > 0) c.run_tiles(walk, rows.first);
                 walk = s.walk;
                 finish_segment(c, walk, lane, row_group);
-                named_barrier(CONSUMER_BARRIER, CONSUMERS);
+                named_barrier<SEGMENT_BARRIER, CONSUMERS>();
                 if (!(walk.starts() && walk.ends())) {
                     // The barrier ordered everyone's partial results before this arrival.
                     if (threadIdx.x == 0) add_release(counter_of(p, s.shared_units[shared_units].first_lane, row_group), 1);
@@ -997,7 +1019,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
             mbarrier_init(shared_address(&s.chunk_full[i]), 1);
             mbarrier_init(shared_address(&s.chunk_empty[i]), 4);
         }
-        for (int w = 0; w < 2; ++w) mbarrier_init(shared_address(&s.p_full[w]), 4);
+        for (int w = 0; w < 2; ++w) mbarrier_init(shared_address(&s.p_full[w]), WARPGROUP);
+        mbarrier_init(shared_address(&s.q_full), WARPGROUP);
         mbarrier_init_fence();
     }
     if (threadIdx.x / 32 == CONSUMER_WARPS + 1) prefetch_inputs(p, lane);

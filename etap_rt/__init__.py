@@ -17,6 +17,7 @@ from etap_rt.errors import (
     SequenceError,
     UnsupportedError,
 )
+from etap_rt.kv_cache import PagedKVCache
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "CompileError",
     "EtapError",
     "OutOfPagesError",
+    "PagedKVCache",
     "SequenceError",
     "UnsupportedError",
     "check_inputs",

@@ -174,7 +174,7 @@ class _Launch:
         self.lock = threading.Lock()  # over params, from the first field set to the launch that copies them
 
     def run(self, call: Call, softmax_scale: float, causal: bool, stream: int) -> None:
-        workspace = workspace_for(self.problem, self.grid, stream, call.q[0])
+        workspace = workspace_for(self.problem.device, self.grid.rows, stream, call.q[0])
         params = self.params
         assert call.out is not None
         with self.lock:

@@ -1,22 +1,22 @@
 """Scratch memory of the decode kernel: partial results of divided units, and the counters where lanes meet.
 
 Calls on one stream follow each other and share one workspace; every stream has its own. A captured graph may be
-replayed on any stream beside other work, so each capture gets its own as well. Counters are zero between
-launches: the kernel leaves them as it found them.
+replayed on any stream beside other work, so each capture has its own as well: torch's captures take theirs from
+the graph's memory pool, where it costs nothing beside other temporaries and goes when the graph goes. Counters
+are zero between launches: the kernel leaves them as it found them.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from etap_rt import driver, interop
-from etap_rt.arguments import Problem
 from etap_rt.interop import Array
-from etap_rt.schedule import ROW_TILES, Grid
+from etap_rt.schedule import ROW_TILES
 
 FLOAT_BYTES = 4
-COUNTER_BYTES = 3 * 4  # of a CTA: arrivals, departures, gave up
+COUNTER_BYTES = 4 * 4  # of a CTA, see mla_decode.cu
 SEGMENTS = 2  # a lane leaves at most two partial results: of the unit it starts in, of the unit it does not finish
 LATENT_DIM = 512  # the larger of the two that are supported
 SMALL_ROWS = 16  # streams that only ever see small row tiles need a quarter of the memory
@@ -24,42 +24,50 @@ ALIGNMENT = 256
 
 
 class Workspace(NamedTuple):
-    """Addresses on the device."""
+    """Addresses on the device, and what has to stay alive until the launch is made."""
 
     counters: int
     partial_stats: int
     partials: int
+    owner: Any = None
 
 
 _lock = threading.Lock()
+_counters: dict[tuple[int, int, int], int] = {}
 _workspaces: dict[tuple[int, int, int, int], Workspace] = {}
 
 
-def workspace_for(problem: Problem, grid: Grid, stream: int, like: Array) -> Workspace:
-    """The workspace of a launch on `stream`; `like` is an array of the caller's library on the device.
+def workspace_for(device: int, rows: int, stream: int, like: Array) -> Workspace:
+    """The workspace of a launch on `stream` with `rows` rows a tile; `like` is an array of the caller's library.
 
-    At most 35 MB a stream on a GPU of 132 SMs, whatever the batch and the lengths.
+    On a GPU of 132 SMs 9 MB a stream, and another 35 MB once it has seen more than 16 rows a tile, whatever the
+    batch and the lengths.
     """
     capture = driver.capturing(stream)
-    rows = SMALL_ROWS if grid.rows <= SMALL_ROWS else ROW_TILES[-1]
-    key = (problem.device, stream, rows, capture)
+    rows = SMALL_ROWS if rows <= SMALL_ROWS else ROW_TILES[-1]
+    key = (device, stream, rows, capture)
     workspace = _workspaces.get(key)
-    if workspace is None:
-        with _lock:
-            workspace = _workspaces.get(key)
-            if workspace is None:
-                workspace = _workspaces[key] = _make(problem.device, rows)
+    if workspace is not None:
+        return workspace
+    with _lock:
+        counters = _counters.get((device, stream, capture))
+        if counters is None:
+            counters = driver.allocate_zeroed(device, driver.sm_count(device) * COUNTER_BYTES)
+            _counters[device, stream, capture] = counters
+        workspace = _workspaces.get(key)
+        if workspace is None:
+            stats, total = _sizes(device, rows)
+            if capture and like.layout.library == "torch":
+                memory = interop.empty(like.layout, like.owner, (total,), "uint8")
+                base = interop.describe(memory, "workspace").pointer
+                return Workspace(counters, base, base + stats, memory)
+            base = driver.allocate_zeroed(device, total)
+            workspace = _workspaces[key] = Workspace(counters, base, base + stats)
     return workspace
 
 
-def _make(device: int, rows: int) -> Workspace:
-    ctas = driver.sm_count(device)
-    counters = _aligned(ctas * COUNTER_BYTES)
-    stats = _aligned(ctas * SEGMENTS * rows * 2 * FLOAT_BYTES)
-    partials = ctas * SEGMENTS * rows * LATENT_DIM * FLOAT_BYTES
-    base = driver.allocate_zeroed(device, counters + stats + partials)
-    return Workspace(base, base + counters, base + counters + stats)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def _sizes(device: int, rows: int) -> tuple[int, int]:
+    """Bytes of the statistics, which come first, and of all."""
+    slots = driver.sm_count(device) * SEGMENTS
+    stats = -(-slots * rows * 2 * FLOAT_BYTES // ALIGNMENT) * ALIGNMENT
+    return stats, stats + slots * rows * LATENT_DIM * FLOAT_BYTES

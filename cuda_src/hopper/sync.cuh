@@ -6,18 +6,15 @@
 
 namespace hopper {
 
-// Barrier `id` among `threads` threads; 0 is __syncthreads'.
-__device__ __forceinline__ void named_barrier(int id, int threads) {
-    asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+// Barrier ID among THREADS threads; 0 is __syncthreads'.
+template <int ID, int THREADS>
+__device__ __forceinline__ void named_barrier() {
+    asm volatile("barrier.cta.sync.aligned %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
 }
 
-// Counts this thread as arrived without waiting.
-__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-    asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-// The same as named_barrier, returning whether any of the threads brought `vote`.
-__device__ __forceinline__ bool named_barrier_any(int id, int threads, bool vote) {
+// The same, returning whether any of the threads brought `vote`.
+template <int ID, int THREADS>
+__device__ __forceinline__ bool named_barrier_any(bool vote) {
     int any;
     asm volatile(
         "{\n.reg .pred mine, all;\n"
@@ -25,7 +22,7 @@ __device__ __forceinline__ bool named_barrier_any(int id, int threads, bool vote
         "barrier.cta.red.or.pred.aligned all, %1, %2, mine;\n"
         "selp.b32 %0, 1, 0, all;\n}\n"
         : "=r"(any)
-        : "r"(id), "r"(threads), "r"(int(vote))
+        : "n"(ID), "n"(THREADS), "r"(int(vote))
         : "memory");
     return any;
 }

@@ -113,7 +113,7 @@ WRONG = (
     Wrong("kv_cache", lambda: {"kv_cache": zeros(0, 64, 576)}, "shape (0, 64, 576)"),
     Wrong("kv_cache", lambda: {"kv_cache": zeros(7, 0, 576)}, "shape (7, 0, 576)"),
     Wrong("kv_cache", lambda: {"kv_cache": zeros(7, 96, 576)}, "shape (7, 96, 576)"),
-    Wrong("kv_cache", lambda: {"kv_cache": zeros(7, 16, 576)}, "shape (7, 16, 576)"),
+    Wrong("kv_cache", lambda: {"kv_cache": zeros(7, 24, 576)}, "shape (7, 24, 576)"),
     Wrong("kv_cache[0]", lambda: {"kv_cache": (zeros(7, 64, 256), zeros(7, 64, 64))}, "shape (7, 64, 256)"),
     Wrong("kv_cache[1]", lambda: {"kv_cache": (zeros(7, 64, 512), zeros(7, 128, 64))}, "shape (7, 128, 64)"),
     Wrong("block_table", lambda: {"block_table": zeros(3, 4, dtype=np.int32)}, "shape (3, 4)"),

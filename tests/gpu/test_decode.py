@@ -48,6 +48,7 @@ SMALL = Case("small", lengths=(0, 1, 64, 200), heads=4, s_q=2)
 # Units that one lane has alone, that a few share and that all share; 8, 16 and 64 rows; one and more passes.
 DIVISIONS = (
     Case("mixed"),
+    Case("small-pages", page_size=16),
     Case("one-request", lengths=(9001,)),
     Case("one-request-8-rows", lengths=(9001,), heads=8, dtype="float16"),
     Case("one-request-128-heads", lengths=(4500,), heads=128),
@@ -55,6 +56,7 @@ DIVISIONS = (
     Case("5-queries-128-heads", s_q=5, heads=128, lengths=(3, 64, 65, 1500)),
     Case("one-long-many-short-320", latent_dim=256, heads=24, lengths=(1, 5, 7000, *range(60, 70), 0, 0, 300)),
 )
+SMALL_PAGES = tuple(Case(f"page-size-{size}", page_size=size) for size in (1, 2, 4, 8, 16, 32))
 CUPY_CASES = ("bf16", "fp16", "bf16-17-heads", "split-both-fp16-320", "strided", "strided-split", "all-empty")
 
 
@@ -119,7 +121,7 @@ class OtherWork:
 
 
 def with_libraries() -> Iterator[Any]:
-    for case in CASES:
+    for case in (*SMALL_PAGES, *CASES):
         yield pytest.param(case, TORCH_CUDA, id=f"{case}-torch")
         if case.name in CUPY_CASES:
             yield pytest.param(case, CUPY, id=f"{case}-cupy")
@@ -317,7 +319,7 @@ def test_a_merge_whose_members_give_up_waiting_gives_the_same_bits(case: Case, m
 
 
 def test_streams_do_not_get_into_each_others_way() -> None:
-    cases = [DIVISIONS[1], DIVISIONS[3], DIVISIONS[0]]
+    cases = [case for case in DIVISIONS if case.name in ("mixed", "one-request", "one-request-128-heads")]
     calls = [on_gpu(case) for case in cases]
     expected = [run(call) for call in calls]
     torch.cuda.synchronize()
@@ -402,7 +404,7 @@ class GraphInputs:
         call["cache_seqlens"].copy_(torch.tensor(lengths, dtype=torch.int32))
 
 
-@pytest.mark.parametrize(("heads", "s_q", "page_size"), [(16, 1, 64), (8, 1, 256), (16, 2, 128), (128, 2, 64)])
+@pytest.mark.parametrize(("heads", "s_q", "page_size"), [(16, 1, 64), (8, 1, 256), (16, 2, 16), (128, 2, 128)])
 def test_a_graph_follows_lengths_tables_queries_and_pages(heads: int, s_q: int, page_size: int) -> None:
     inputs = GraphInputs(heads, s_q, page_size)
     call = inputs.call
@@ -579,7 +581,8 @@ def test_the_first_call_of_a_process_is_soon_done(
         done = subprocess.run(
             [sys.executable, "-c", FIRST_CALL],
             cwd=ROOT,
-            env=environment(ETAP_RT_CACHE_DIR=str(tmp_path / "cache")),
+            # NVRTC keeps a cache of its own beside ours.
+            env=environment(ETAP_RT_CACHE_DIR=str(tmp_path / "cache"), CUDA_CACHE_DISABLE="1"),
             capture_output=True,
             text=True,
             timeout=120,
