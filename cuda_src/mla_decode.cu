@@ -12,11 +12,12 @@
 //
 // Shared memory               written by                read by               between them
 //   ring[slot]                copy engine               wgmma                 chunk_full (TMA bytes), chunk_empty (4 warps)
-//   q                         warpgroup 0               wgmma                 q_full (128 threads)
-//   p[w]                      warpgroup w               wgmma of both         p_full[w] (128 threads); free again because w
+//   q                         warpgroup 0               wgmma                 q_full (4 warps)
+//   p[w]                      warpgroup w               wgmma of both         p_full[w] (4 warps); free again because w
 //                                                                             waits for the other's next P^T first
-//   reference, factor[w],     warpgroup w, when a       both                  p_full[w]
-//   rescale[w]                column's maximum grew
+//   reference[w], factor[w],  warpgroup w               both                  p_full[w]
+//   rescale[w]
+//   walk, shared_units        threads 0 and 128         both                  q_full, SEGMENT_BARRIER
 //
 // A unit whose tiles are divided over several lanes leaves partial results in the workspace; the lanes that shared it
 // meet at a counter and merge it together, each a fixed part, in the order of the lanes.
@@ -424,7 +425,11 @@ struct Consumer {
     float sums[COLUMN_GROUPS][2];   // of this thread's keys, this warpgroup's tiles
 
     __device__ __forceinline__ Consumer(const Params& params, Shared& shared)
-        : p(params), s(shared), warpgroup(uniform(threadIdx.x / WARPGROUP)), warp(uniform(threadIdx.x / 32 % 4)), lane(threadIdx.x % 32) {}
+        : p(params),
+          s(shared),
+          warpgroup(uniform(threadIdx.x / WARPGROUP)),
+          warp(uniform(threadIdx.x / 32 % 4)),
+          lane(threadIdx.x % 32) {}
 
     // Column of element e of a column group that this thread holds.
     __device__ __forceinline__ int column(int group, int e) const { return group * 8 + lane % 4 * 2 + e % 2; }
@@ -445,8 +450,8 @@ struct Consumer {
         return operand_descriptor(shared_address(s.ring)) + slot * (CHUNK_BYTES >> 4);
     }
 
-    // S^T += K Q^T for chunks [from, to) of the tile that begins at `first`, as they arrive. A loop, not straight code: at the start of a kernel every
-    // instruction comes from afar.
+    // S^T += K Q^T for chunks [from, to) of the tile that begins at `first`, as they arrive; complete on return. A loop, not
+    // straight code: at the start of a kernel every instruction comes from afar.
     __device__ __forceinline__ void multiply_scores(const Place& first, int from, int to) {
         Place place = first.ahead(from);
         u32 q = operand_descriptor(shared_address(s.q)) + from * (Q_CHUNK_BYTES >> 4);
@@ -466,7 +471,7 @@ struct Consumer {
         pin(x);
     }
 
-    // O^T += V^T P^T for this warpgroup's dims of the tile at hand.
+    // O^T += V^T P^T for this warpgroup's dims of the tile at hand; complete on return.
     __device__ __forceinline__ void multiply_output(int tile) {
         const u32 weights = operand_descriptor(shared_address(s.p) + u32(tile & 1) * P_BYTES);
         wgmma_fence();
@@ -615,7 +620,8 @@ struct Consumer {
                                 pack<IS_BF16>(w[2], w[3]));
         }
         fence_async_proxy();
-        mbarrier_arrive(shared_address(&s.p_full[warpgroup]));
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(shared_address(&s.p_full[warpgroup]));
     }
 
     // All key tiles of a segment; tile indices count from its start.
@@ -690,9 +696,9 @@ __device__ __forceinline__ void store_outputs(const Params& p, int request, cons
     const u32 high = transpose(pack<IS_BF16>(v[2] * scale_even, v[3] * scale_odd));
     const int n = group * 8 + lane / 4;
     if (n < rows.count) {
-        const int row = rows.first + n;
-        u16* target = p.out + request * p.out_strides[0] + p.by_heads(row) * p.out_strides[1] +
-                      (row - p.by_heads(row) * p.heads) * p.out_strides[2] + first_dim + lane % 4 * 2;
+        const int row = rows.first + n, token = p.by_heads(row), head = row - token * p.heads;
+        u16* target = p.out + request * p.out_strides[0] + token * p.out_strides[1] + head * p.out_strides[2] + first_dim +
+                      lane % 4 * 2;
         *reinterpret_cast<u32*>(target) = low;
         *reinterpret_cast<u32*>(target + 8) = high;
     }
@@ -702,8 +708,8 @@ __device__ __forceinline__ void store_lse(const Params& p, int request, const Ro
                                           float sum) {
     constexpr float LN_2 = 0.6931471805599453f;
     if (n < rows.count && p.lse) {
-        const int row = rows.first + n;
-        p.lse[request * p.lse_strides[0] + (row - p.by_heads(row) * p.heads) * p.lse_strides[1] + p.by_heads(row) * p.lse_strides[2]] =
+        const int row = rows.first + n, token = p.by_heads(row), head = row - token * p.heads;
+        p.lse[request * p.lse_strides[0] + head * p.lse_strides[1] + token * p.lse_strides[2]] =
             sum > 0.0f ? (reference + log2_approx(sum)) * LN_2 : sum == 0.0f ? NEG_INF : sum;
     }
 }
@@ -853,7 +859,10 @@ __device__ __forceinline__ void merge_part(const Params& p, Shared& s, const Sha
     const int members = unit.members;
     RowTile rows = row_tile_of(p, unit.pass, row_group);
     if (rehearsal) rows.count = 0;
-    const int share_log2 = member + 4 * members < MERGE_PIECES ? 0 : member + 2 * members < MERGE_PIECES ? 1 : member + members < MERGE_PIECES ? 2 : 3;
+    const int share_log2 = member + 4 * members < MERGE_PIECES   ? 0
+                           : member + 2 * members < MERGE_PIECES ? 1
+                           : member + members < MERGE_PIECES     ? 2
+                                                                 : 3;
     const int helpers = 1 << share_log2;  // warps that divide a piece
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int helper = warp % helpers;
@@ -982,7 +991,8 @@ __device__ __forceinline__ void consume(const Params& p, Shared& s, int lane, in
                     c.load_queries(walk.request, rows);
                     copy_wait_all();
                     fence_async_proxy();
-                    mbarrier_arrive(shared_address(&s.q_full));
+                    __syncwarp();
+                    if (c.lane == 0) mbarrier_arrive(shared_address(&s.q_full));
                 } else if (!(walk.starts() && walk.ends()) && threadIdx.x == WARPGROUP) {
                     s.shared_units[shared_units] = shared_unit(p, s.start, walk, lane);
                 }
@@ -1019,8 +1029,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
             mbarrier_init(shared_address(&s.chunk_full[i]), 1);
             mbarrier_init(shared_address(&s.chunk_empty[i]), 4);
         }
-        for (int w = 0; w < 2; ++w) mbarrier_init(shared_address(&s.p_full[w]), WARPGROUP);
-        mbarrier_init(shared_address(&s.q_full), WARPGROUP);
+        for (int w = 0; w < 2; ++w) mbarrier_init(shared_address(&s.p_full[w]), 4);
+        mbarrier_init(shared_address(&s.q_full), 4);
         mbarrier_init_fence();
     }
     if (threadIdx.x / 32 == CONSUMER_WARPS + 1) prefetch_inputs(p, lane);
