@@ -7,7 +7,7 @@ GPU nor torch nor CuPy: what a call needs is imported by the call.
 from __future__ import annotations
 
 from etap_rt.arguments import check_inputs
-from etap_rt.decode import mla_decode
+from etap_rt.decode import DecodePlan, mla_decode, plan_decode
 from etap_rt.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -25,6 +25,7 @@ __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
     "CompileError",
+    "DecodePlan",
     "EtapError",
     "OutOfPagesError",
     "PagedKVCache",
@@ -32,4 +33,5 @@ __all__ = [
     "UnsupportedError",
     "check_inputs",
     "mla_decode",
+    "plan_decode",
 ]

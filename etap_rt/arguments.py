@@ -7,6 +7,7 @@ are the key, the `Problem` they amount to is the value.
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -160,6 +161,41 @@ def check(
     if lse_array is not None and (lse_array.pointer % 4 or not _writeable(lse_array)):
         _refuse_output("lse", lse_array, 4)
     return call
+
+
+def with_queries(call: Call, q: Any) -> Call:
+    """A validated call with other queries of the same layout; raises ArgumentError when the layout differs."""
+    arrays = _describe_parts(q, "q")
+    if len(arrays) != len(call.q):
+        raise ArgumentError("q", f"{len(arrays)} arrays", f"{len(call.q)}, as when the call was planned")
+    for array, planned, name in zip(arrays, call.q, _part_names("q", arrays)):
+        if array.layout is not planned.layout and _fields(array.layout) != _fields(planned.layout):
+            raise ArgumentError(name, str(array.layout), f"{planned.layout}, as when the call was planned")
+    latent, rope = arrays[0].pointer, arrays[-1].pointer
+    if not call.problem.split_q:
+        rope += call.problem.latent_dim * ELEMENT_BYTES
+    other = Call(
+        call.problem,
+        latent,
+        rope,
+        call.cache_latent,
+        call.cache_rope,
+        call.block_table,
+        call.cache_seqlens,
+        arrays,
+        call.kv_cache,
+        call.table,
+        call.lengths,
+        call.out,
+        call.lse,
+    )
+    if (latent | rope) % ELEMENT_BYTES:
+        _refuse_alignment(other)
+    return other
+
+
+def _fields(layout: Layout) -> tuple[Any, ...]:
+    return dataclasses.astuple(layout)
 
 
 def check_inputs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import struct
 import threading
 from typing import Any
 
@@ -70,21 +71,81 @@ def mla_decode(
     Source: FlashMLA-ETAP, arXiv 2506.01969, section 3 (transposed attention pipeline).
     """
     call = arguments.check(q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, out, lse)
-    problem = call.problem
-    layout, owner = call.q[0].layout, call.q[0].owner
-    if out is None:
-        out = interop.empty(layout, owner, problem.out_shape, problem.element)
-        call = call._replace(out=interop.describe(out, "out"))
-    if lse is None and (return_lse or problem.device_type == "cpu"):
-        lse = interop.empty(layout, owner, problem.lse_shape, "float32")
-        call = call._replace(lse=interop.describe(lse, "lse"))
-    if problem.batch == 0:
-        pass
-    elif problem.device_type == "cpu":
-        reference.decode_tiled(call, softmax_scale, causal)
-    else:
-        _launch_for(problem).run(call, softmax_scale, causal, interop.current_stream(layout))
+    out, lse = _outputs(call, out, lse, return_lse)
+    _decode(call, out, lse, softmax_scale, causal)
     return (out, lse) if return_lse else out
+
+
+def plan_decode(
+    q: Any,
+    kv_cache: Any,
+    block_table: Any,
+    cache_seqlens: Any,
+    *,
+    softmax_scale: float,
+    causal: bool = True,
+    out: Any = None,
+    lse: Any = None,
+    return_lse: bool = False,
+) -> DecodePlan:
+    """Check the arguments of `mla_decode` once, to run the call many times; computes nothing yet.
+
+    Takes what `mla_decode` takes and raises what it raises. The plan keeps the arrays: their contents may change
+    between runs, lengths and tables included. Outputs that are not given are made here and written by every run.
+    """
+    call = arguments.check(q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, out, lse)
+    return DecodePlan(call, *_outputs(call, out, lse, return_lse), softmax_scale, causal)
+
+
+class DecodePlan:
+    """A call of `mla_decode` with checked arguments, made by `plan_decode`.
+
+    `out` and `lse` are the arrays that it writes; `lse` is None when it was neither given nor asked for.
+    """
+
+    __slots__ = ("_call", "_causal", "_softmax_scale", "lse", "out")
+
+    def __init__(self, call: Call, out: Any, lse: Any, softmax_scale: float, causal: bool) -> None:
+        self._call = call
+        self._softmax_scale = softmax_scale
+        self._causal = causal
+        self.out = out
+        self.lse = lse
+
+    def run(self, q: Any) -> Any:
+        """Decode queries `q`, laid out as the plan's were (shape, strides, dtype, device); returns `out`.
+
+        The work is ordered on the current stream of q's library. Raises ArgumentError when q is laid out otherwise.
+        """
+        self._call = arguments.with_queries(self._call, q)
+        _decode(self._call, self.out, self.lse, self._softmax_scale, self._causal)
+        return self.out
+
+
+def _outputs(call: Call, out: Any, lse: Any, return_lse: bool) -> tuple[Any, Any]:
+    """`out` and `lse`, made where they are needed and not given."""
+    problem, like = call.problem, call.q[0]
+    if out is None:
+        out = interop.empty(like.layout, like.owner, problem.out_shape, problem.element)
+    if lse is None and return_lse:
+        lse = interop.empty(like.layout, like.owner, problem.lse_shape, "float32")
+    return out, lse
+
+
+def _decode(call: Call, out: Any, lse: Any, softmax_scale: float, causal: bool) -> None:
+    problem, layout = call.problem, call.q[0].layout
+    if problem.batch == 0:
+        return
+    if problem.device_type == "cpu":
+        if lse is None:
+            lse = interop.empty(layout, call.q[0].owner, problem.lse_shape, "float32")
+        call = call._replace(out=interop.describe(out, "out"), lse=interop.describe(lse, "lse"))
+        reference.decode_tiled(call, softmax_scale, causal)
+        return
+    out_address = interop.address(layout, out) if call.out is None else call.out.pointer
+    lse_address = 0 if lse is None else interop.address(layout, lse) if call.lse is None else call.lse.pointer
+    stream = interop.current_stream(layout)
+    _launch_for(problem).run(call, out_address, lse_address, softmax_scale, causal, stream)
 
 
 class Params(ctypes.Structure):
@@ -131,6 +192,11 @@ class Params(ctypes.Structure):
     ]
 
 
+# Neighbours in Params that every launch sets: all addresses; causal ... scale_log2.
+_ADDRESSES = struct.Struct("9Q")
+_OPTIONS = struct.Struct("iiif")
+
+
 def make_params(problem: Problem, grid: Grid) -> Params:
     """The parameter with everything filled in that depends on the problem and the grid alone."""
     params = Params()
@@ -150,7 +216,6 @@ def make_params(problem: Problem, grid: Grid) -> Params:
     params.by_lanes = divider(params.lanes)
     params.share = grid.lanes // (problem.batch * grid.passes)
     params.by_share, params.by_row_groups = divider(max(1, params.share)), divider(params.row_groups)
-    params.patience = PATIENCE
     return params
 
 
@@ -168,28 +233,40 @@ class _Launch:
         spec = decode_spec(problem.element, problem.latent_dim, problem.rope_dim, self.grid.rows)
         self.kernel = compiler.load(spec, problem.device)
         self.params = make_params(problem, self.grid)
+        self.params_address = ctypes.addressof(self.params)
         self.maps: dict[tuple[int, int], bytes] = {}
+        self.maps_in_place: tuple[int, int] | None = None
         strides = [*problem.q_strides, *problem.q_rope_strides]
         self.q_vector_strides = all(stride * ELEMENT_BYTES % VECTOR_BYTES == 0 for stride in strides)
         self.lock = threading.Lock()  # over params, from the first field set to the launch that copies them
 
-    def run(self, call: Call, softmax_scale: float, causal: bool, stream: int) -> None:
+    def run(self, call: Call, out: int, lse: int, softmax_scale: float, causal: bool, stream: int) -> None:
+        """Launch on `stream`; `out` and `lse` are addresses, 0 for an lse that nobody wants."""
         workspace = workspace_for(self.problem.device, self.grid.rows, stream, call.q[0])
-        params = self.params
-        assert call.out is not None
+        key = (call.cache_latent, call.cache_rope)
+        vector_loads = self.q_vector_strides and (call.q_latent | call.q_rope) % VECTOR_BYTES == 0
         with self.lock:
-            maps = self.maps.get((call.cache_latent, call.cache_rope)) or self._make_maps(call)
-            ctypes.memmove(params.maps, maps, len(maps))
-            params.q_latent, params.q_rope = call.q_latent, call.q_rope
-            params.out = call.out.pointer
-            params.lse = call.lse.pointer if call.lse is not None else 0
-            params.block_table, params.cache_seqlens = call.block_table, call.cache_seqlens
-            params.partials, params.partial_stats = workspace.partials, workspace.partial_stats
-            params.counters = workspace.counters
-            params.causal = causal
-            params.q_vector_loads = self.q_vector_strides and (call.q_latent | call.q_rope) % VECTOR_BYTES == 0
-            params.scale_log2 = softmax_scale * LOG2_E
-            self.kernel.launch(self.grid.ctas, THREADS, SHARED_BYTES, stream, ctypes.addressof(params))
+            if key != self.maps_in_place:
+                maps = self.maps.get(key) or self._make_maps(call)
+                ctypes.memmove(self.params.maps, maps, len(maps))
+                self.maps_in_place = key
+            _ADDRESSES.pack_into(
+                self.params,
+                Params.q_latent.offset,
+                call.q_latent,
+                call.q_rope,
+                out,
+                lse,
+                call.block_table,
+                call.cache_seqlens,
+                workspace.partials,
+                workspace.partial_stats,
+                workspace.counters,
+            )
+            _OPTIONS.pack_into(
+                self.params, Params.causal.offset, causal, vector_loads, PATIENCE, softmax_scale * LOG2_E
+            )
+            self.kernel.launch(self.grid.ctas, THREADS, SHARED_BYTES, stream, self.params_address)
 
     def _make_maps(self, call: Call) -> bytes:
         problem = self.problem

@@ -83,6 +83,11 @@ def empty(layout: Layout, owner: Any, shape: tuple[int, ...], dtype: str) -> Any
         return cupy.empty(shape, numpy_dtype(dtype))
 
 
+def address(layout: Layout, x: Any) -> int:
+    """The address of an array on the GPU that `empty` made of this layout's library."""
+    return int(x.data_ptr() if layout.library == "torch" else x.data.ptr)
+
+
 def current_stream(layout: Layout) -> int:
     """The CUstream that the library of an array works on now, on the array's device."""
     if layout.library == "torch":

@@ -1,0 +1,211 @@
+"""What mla_decode hands to the kernel, seen through a driver that only takes notes.
+
+CPU tensors pass for tensors on a GPU here; nothing is computed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import etap_rt
+from etap_rt import decode, driver, interop, workspace
+from etap_rt.decode import Params, divider
+from etap_rt.interop import Array, Layout
+
+torch = pytest.importorskip("torch")
+
+SMS = 132
+STREAM = 0x5EA
+SCALE = 192**-0.5
+
+
+class Notes:
+    """Launches, and the arguments of the tensor maps that were encoded."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[int, int, int, int]] = []
+        self.params: list[Params] = []
+        self.maps: list[tuple[Any, ...]] = []
+
+    def launch(self, grid: int, block: int, shared_bytes: int, stream: int, params_address: int) -> None:
+        self.launches.append((grid, block, shared_bytes, stream))
+        self.params.append(Params.from_buffer_copy(ctypes.string_at(params_address, ctypes.sizeof(Params))))
+
+    def encode(self, *arguments: Any) -> bytes:
+        self.maps.append(arguments)
+        return len(self.maps).to_bytes(1, "little") * driver.TENSOR_MAP_BYTES
+
+
+@pytest.fixture
+def notes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Notes]:
+    notes = Notes()
+    layouts: dict[Layout, Layout] = {}
+
+    def read_as_cuda(x: Any, name: str) -> Array:
+        array = interop._read_torch(x, name)
+        layout = layouts.setdefault(array.layout, replace(array.layout, device_type="cuda"))
+        return Array(layout, array.pointer, x)
+
+    monkeypatch.setitem(interop._readers, torch.Tensor, read_as_cuda)
+    monkeypatch.setattr(interop, "current_stream", lambda layout: STREAM)
+    monkeypatch.setattr(driver, "sm_count", lambda device: SMS)
+    monkeypatch.setattr(driver, "capturing", lambda stream: 0)
+    monkeypatch.setattr(driver, "allocate_zeroed", lambda device, size: 1 << 30)
+    monkeypatch.setattr(driver, "encode_tensor_map", notes.encode)
+    monkeypatch.setattr(decode.compiler, "load", lambda spec, device: notes)
+    monkeypatch.setattr(decode, "_launches", {})
+    monkeypatch.setattr(workspace, "_workspaces", {})
+    monkeypatch.setattr(workspace, "_counters", {})
+    yield notes
+
+
+def arguments(batch: int = 2, s_q: int = 1, heads: int = 16, page_size: int = 64, offset: int = 0) -> dict[str, Any]:
+    q = torch.zeros(batch * s_q * heads * 576 + offset, dtype=torch.bfloat16)[offset:].view(batch, s_q, heads, 576)
+    return {
+        "q": q,
+        "kv_cache": torch.zeros(8, page_size, 576, dtype=torch.bfloat16),
+        "block_table": torch.zeros(batch, 4, dtype=torch.int32),
+        "cache_seqlens": torch.zeros(batch, dtype=torch.int32),
+        "softmax_scale": SCALE,
+    }
+
+
+def test_the_kernel_gets_the_addresses_of_this_call(notes: Notes) -> None:
+    call = arguments()
+    out, lse = etap_rt.mla_decode(**call, return_lse=True)
+    (params,) = notes.params
+    assert params.q_latent == call["q"].data_ptr()
+    assert params.q_rope == call["q"].data_ptr() + 512 * 2
+    assert (params.out, params.lse) == (out.data_ptr(), lse.data_ptr())
+    assert (params.block_table, params.cache_seqlens) == (
+        call["block_table"].data_ptr(),
+        call["cache_seqlens"].data_ptr(),
+    )
+    assert notes.launches == [(SMS, decode.THREADS, decode.SHARED_BYTES, STREAM)]
+
+
+def test_nobody_wants_an_lse_that_was_not_asked_for(notes: Notes) -> None:
+    etap_rt.mla_decode(**arguments())
+    assert notes.params[0].lse == 0
+
+
+def test_strides_and_sizes_arrive(notes: Notes) -> None:
+    call = arguments(batch=3, s_q=2, heads=5)
+    wide = torch.zeros(3, 2, 8, 1024, dtype=torch.bfloat16)
+    etap_rt.mla_decode(**call, out=wide[:, :, :5, :512])
+    (params,) = notes.params
+    assert list(params.q_strides) == [2 * 5 * 576, 5 * 576, 576]
+    assert list(params.out_strides) == [2 * 8 * 1024, 8 * 1024, 1024]
+    assert (params.batch, params.s_q, params.heads, params.max_pages) == (3, 2, 5, 4)
+    assert (params.table_stride, params.seqlens_stride) == (4, 1)
+    assert (params.lanes, params.row_groups, params.passes, params.share) == (SMS, 1, 1, SMS // 3)
+
+
+@pytest.mark.parametrize(
+    ("page_size", "page_tiles", "tile_pages", "box"), [(1, 1, 64, 1), (16, 1, 4, 16), (64, 1, 1, 64), (192, 3, 1, 64)]
+)
+def test_pages_of_any_size_are_copied_in_boxes(
+    notes: Notes, page_size: int, page_tiles: int, tile_pages: int, box: int
+) -> None:
+    call = arguments(page_size=page_size)
+    etap_rt.mla_decode(**call)
+    params = notes.params[0]
+    assert (params.page_size, params.page_tiles, params.tile_pages) == (page_size, page_tiles, tile_pages)
+    address = call["kv_cache"].data_ptr()
+    strides = (576 * 2, page_size * 576 * 2)
+    assert notes.maps == [
+        ("bfloat16", address, (512, page_size, 8), strides, (64, box, 1)),
+        ("bfloat16", address + 512 * 2, (64, page_size, 8), strides, (64, box, 1)),
+    ]
+
+
+def test_tensor_maps_are_made_once_for_each_cache(notes: Notes) -> None:
+    call = arguments()
+    other = {**call, "kv_cache": call["kv_cache"].clone()}
+    for each in (call, call, other, call):
+        etap_rt.mla_decode(**each)
+    assert len(notes.maps) == 4
+    first, second, third, fourth = (bytes(params.maps) for params in notes.params)
+    assert first == second == fourth == b"\1" * 128 + b"\2" * 128
+    assert third == b"\3" * 128 + b"\4" * 128
+
+
+@pytest.mark.parametrize(("offset", "expected"), [(0, 1), (8, 1), (1, 0)])
+def test_vector_loads_need_queries_on_16_bytes(notes: Notes, offset: int, expected: int) -> None:
+    etap_rt.mla_decode(**arguments(offset=offset))
+    assert notes.params[0].q_vector_loads == expected
+
+
+def test_mask_and_scale_are_those_of_the_call(notes: Notes) -> None:
+    call = arguments()
+    etap_rt.mla_decode(**call, causal=False)
+    etap_rt.mla_decode(**{**call, "softmax_scale": 0.5})
+    assert [params.causal for params in notes.params] == [0, 1]
+    assert notes.params[0].scale_log2 == pytest.approx(SCALE * 1.4426950408889634, rel=1e-6)
+    assert notes.params[1].scale_log2 == pytest.approx(0.5 * 1.4426950408889634, rel=1e-6)
+
+
+def test_128_heads_are_two_row_tiles_of_one_lane(notes: Notes) -> None:
+    etap_rt.mla_decode(**arguments(heads=128))
+    params = notes.params[0]
+    assert (params.lanes, params.row_groups, params.passes) == (SMS // 2, 2, 1)
+    assert notes.launches[0][0] == SMS
+
+
+def test_an_empty_batch_launches_nothing(notes: Notes) -> None:
+    call = arguments(batch=0)
+    assert etap_rt.mla_decode(**call).shape == (0, 1, 16, 512)
+    assert not notes.launches
+
+
+def test_a_plan_runs_other_queries_into_its_own_outputs(notes: Notes) -> None:
+    call = arguments()
+    plan = etap_rt.plan_decode(**call, return_lse=True)
+    assert not notes.launches
+    queries = [torch.zeros_like(call["q"]) for _ in range(2)]
+    for q in queries:
+        assert plan.run(q) is plan.out
+    assert [params.q_latent for params in notes.params] == [q.data_ptr() for q in queries]
+    assert {(params.out, params.lse) for params in notes.params} == {(plan.out.data_ptr(), plan.lse.data_ptr())}
+
+
+def test_a_plan_on_the_cpu_computes_what_a_call_computes() -> None:
+    call = arguments()
+    call["kv_cache"].normal_()
+    call["cache_seqlens"] += 50
+    plan = etap_rt.plan_decode(**call)
+    for _ in range(2):
+        call["q"] = torch.randn_like(call["q"])
+        assert torch.equal(plan.run(call["q"]), etap_rt.mla_decode(**call))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda q: q[:1],
+        lambda q: q.half(),
+        lambda q: (q[..., :512], q[..., 512:]),
+        lambda q: torch.zeros(2, 1, 32, 576, dtype=q.dtype)[:, :, :16],
+    ],
+    ids=["shape", "dtype", "split", "strides"],
+)
+def test_a_plan_refuses_queries_of_another_layout(notes: Notes, other: Any) -> None:
+    call = arguments()
+    plan = etap_rt.plan_decode(**call)
+    with pytest.raises(etap_rt.ArgumentError, match=r"^q(\[0\])?: got .*planned"):
+        plan.run(other(call["q"]))
+    assert not notes.launches
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 2**31 - 1))
+def test_dividers_divide(n: int, divisor: int) -> None:
+    magic = divider(divisor)
+    assert magic < 2**64
+    assert (n * magic >> 64 if magic else n) == n // divisor
