@@ -90,7 +90,9 @@ def test_heads_queries_and_mixed_lengths_are_measured() -> None:
         assert len(lengths) == 32
         assert 128 <= min(lengths) < 1024 and 8192 < max(lengths) <= 32768
     assert [cell.calls_in_graph for cell in cells("graph")] == [1, 20]
-    assert len(cells("host")) == len(cells("compile")) == 1
+    assert [cell.planned for cell in cells("host")] == [False, True]
+    assert [cell.page_size for cell in cells("pages")] == [1, 16, 32]
+    assert len(cells("compile")) == 1
 
 
 def test_cells_have_names_of_their_own_and_targets() -> None:
