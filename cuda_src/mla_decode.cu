@@ -453,6 +453,11 @@ struct Consumer {
     // S^T += K Q^T for chunks [from, to) of the tile that begins at `first`, as they arrive; complete on return. A loop, not
     // straight code: at the start of a kernel every instruction comes from afar.
     __device__ __forceinline__ void multiply_scores(const Place& first, int from, int to) {
+        // Written out: with the first product told not to accumulate, NVRTC up to 12.8 clears x inside the loop and
+        // serializes the products.
+        if (from == 0)
+#pragma unroll
+            for (int i = 0; i < ROWS / 2; ++i) x[i] = 0.0f;
         Place place = first.ahead(from);
         u32 q = operand_descriptor(shared_address(s.q)) + from * (Q_CHUNK_BYTES >> 4);
 #pragma unroll 1
@@ -462,7 +467,7 @@ struct Consumer {
             const u32 k = slot_descriptor(place.slot);
 #pragma unroll
             for (int step = 0; step < CHUNK_DIMS / 16; ++step)
-                wgmma<ROWS, IS_BF16, false>(x, k + step * K_MAJOR_STEP, q + step * K_MAJOR_STEP, j > 0 || step > 0);
+                wgmma<ROWS, IS_BF16, false>(x, k + step * K_MAJOR_STEP, q + step * K_MAJOR_STEP, true);
             q += Q_CHUNK_BYTES >> 4;
             place = place.ahead(1);
         }

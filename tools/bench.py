@@ -5,9 +5,10 @@
     python tools/bench.py --markdown FILE
 
 The stream floor (stream_floor.cu) brings the same pages on chip and computes nothing; calls with other page sizes are
-held against the same call with pages of 64 tokens instead. Both are timed in turns: CUDA events around one call, the L2 cache cleaned before each by reading 1 GiB, N samples; and once all cells are done, all
-of them again with other pages. A figure is the median, its noise what the medians of the two rounds differ by. Needs a
-Hopper GPU and torch; works from source.
+held against the same call with pages of 64 tokens instead. Both are timed in turns: CUDA events around one call, the L2
+cache cleaned before each by reading 1 GiB, N samples; and once all cells are done, all of them again with other pages.
+A figure is the median, its noise what the medians of the two rounds differ by. Needs a Hopper GPU and torch; works from
+source.
 
 `--compare` says which cells of two result files moved by more than their noise; the exit status is 1 if any got
 slower. `--markdown` prints the tables of a result file for the README. Neither needs a GPU.
