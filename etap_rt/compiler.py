@@ -159,6 +159,10 @@ def compile_specs(
                     finished(_keep(running[future], future.result()))
             except BaseException:
                 pool.shutdown(cancel_futures=True)
+                # Several may have failed: the first in the order of the specs speaks for them, whoever was faster.
+                for future in running:
+                    if not future.cancelled():
+                        future.result()
                 raise
     return [_compiled[job.key] for job in jobs]
 
