@@ -328,7 +328,7 @@ __device__ __forceinline__ void find_start(const Params& p, Start& start, int la
     __syncthreads();
 }
 
-// Has the tensor maps and the table come closer while the lengths are read. Most batches are even enough that the lane's
+// Has the tensor maps and the table brought closer while the lengths are read. Most batches are even enough that the lane's
 // share of the requests is also where it starts.
 __device__ __forceinline__ void prefetch_inputs(const Params& p, int lane) {
     constexpr int LINE = 32;  // entries of the table
@@ -729,10 +729,6 @@ __device__ __forceinline__ int partial_slot(const Params& p, int lane, bool star
     return (lane * 2 + int(starts)) * p.row_groups + row_group;
 }
 
-__device__ __forceinline__ int partial_index(int slot, int block, int warp, int group) {
-    return ((slot * LATENT_CHUNKS + block) * 4 + warp) * COLUMN_GROUPS + group;
-}
-
 // Ends a segment: the sums of both warpgroups come together, then O^T goes out as the result or as a partial result.
 __device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, int lane, int row_group) {
     const Params& p = c.p;
@@ -741,7 +737,8 @@ __device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, in
     const bool whole = walk.starts() && walk.ends();
     const int slot = partial_slot(p, lane, walk.starts(), row_group);
     if (!whole) {
-        float4* target = p.partials + partial_index(slot, c.warpgroup * OWN_BLOCKS, c.warp, 0) * 32 + c.lane;
+        const int block = slot * LATENT_CHUNKS + c.warpgroup * OWN_BLOCKS;
+        float4* target = p.partials + (block * 4 + c.warp) * COLUMN_GROUPS * 32 + c.lane;
 #pragma unroll
         for (int g = 0; g < COLUMN_GROUPS; ++g)
 #pragma unroll
@@ -858,7 +855,7 @@ __device__ __forceinline__ void merge_members(const Params& p, const SharedUnit&
 
 // The part of a shared unit that falls to member `member`: pieces member, member + members, ... of the unit's
 // (block, warp, column group) pieces. With few pieces several warps divide the members of one among them. A rehearsal goes
-// through the same instructions, but reads and writes nothing that others see.
+// through the loads and the arithmetic, but reads and writes nothing that others see, and stops short of the stores.
 __device__ __forceinline__ void merge_part(const Params& p, Shared& s, const SharedUnit& unit, int row_group, int member,
                                            bool rehearsal) {
     const int members = unit.members;

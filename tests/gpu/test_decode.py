@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from etap_rt import check_inputs, compiler, decode, mla_decode, workspace
+from etap_rt import check_inputs, compiler, decode, mla_decode, plan_decode, workspace
 from etap_rt.errors import ArgumentError
 from tests.cache_model import CUPY, TORCH_CUDA, Library, bits, host
 from tests.cases import (
@@ -285,6 +285,17 @@ def test_arrays_on_the_host_are_refused_by_name(name: str) -> None:
     call[name] = call[name].cpu()
     with pytest.raises(ArgumentError, match=f"^{name}: got device cpu:0, accepted is cuda:0"):
         mla_decode(**call)
+
+
+def test_a_plan_gives_the_bits_of_a_call() -> None:
+    call = on_gpu(SMALL)
+    plan = plan_decode(**call, return_lse=True)
+    for _ in range(2):
+        call["q"] = torch.randn_like(call["q"])
+        plan.out.fill_(float("nan"))
+        plan.lse.fill_(float("nan"))
+        out, lse = mla_decode(**call, return_lse=True)
+        assert_same_bits((plan.run(call["q"]), plan.lse), (out, lse), "plan")
 
 
 # ---- The same bits ----
