@@ -4,20 +4,25 @@
 //   P^T                 = 2^(scale S^T - reference)           online softmax, along M
 //   O^T[latent, ROWS]  += V^T[latent, 64 keys] P^T            V is the latent part of K: the same shared memory
 //
-// One CTA on each SM walks over its share of all key tiles (see schedule.py for the vocabulary). Three actors:
+// One CTA on each SM walks over its share of all key tiles (see schedule.py for the vocabulary). Its actors:
 //
-//   producer, four warps       bring key tiles in chunks of 64 dims x 64 keys (8 KiB) through a ring of SLOTS chunks
+//   producer, three warps      bring key tiles in chunks of 64 dims x 64 keys (8 KiB) through a ring of SLOTS chunks
 //   warpgroups 0 and 1         take turns at the scores and softmax of a tile (even and odd tiles), publish P^T to each
 //                              other, and each accumulates one half of the latent dims of O^T for every tile
+//   coordinator, one warp      tells other CTAs when this one's partial results are there, waits for theirs
 //
 // Shared memory               written by                read by               between them
-//   ring[slot]                copy engine               wgmma                 chunk_full (TMA bytes), chunk_empty (4 warps)
-//   q                         warpgroup 0               wgmma                 q_full (4 warps)
+//   ring[slot]                producer                  wgmma                 chunk_full (bytes, or lanes of the producing
+//                                                                             warp), chunk_empty (4 warps)
+//   q                         warpgroup 0               wgmma                 q_full (thread 0), q_empty (everyone below)
 //   p[w]                      warpgroup w               wgmma of both         p_full[w] (4 warps); free again because w
 //                                                                             waits for the other's next P^T first
-//   reference[w], factor[w],  warpgroup w               both                  p_full[w]
+//   reference, factor[w],     warpgroup w               both                  p_full[w]
 //   rescale[w]
-//   walk, shared_units        threads 0 and 128         both                  q_full, SEGMENT_BARRIER
+//   sums (where q was)        both warpgroups           both, coordinator     sums_full (256 threads), q_empty (256 threads
+//                                                                             and the coordinator's 32)
+//   shared_units, arrivals    coordinator               both                  met (the coordinator's first lane)
+//   shares (ring)             both warpgroups           both                  shares_full (256 threads), part_done
 //
 // A unit whose tiles are divided over several lanes leaves partial results in the workspace; the lanes that shared it
 // meet at a counter and merge it together, each a fixed part, in the order of the lanes.
@@ -48,31 +53,22 @@ constexpr int MERGE_PIECES = LATENT_CHUNKS * 4 * COLUMN_GROUPS;  // of 16 dims x
 constexpr int WARPGROUP = 128;
 constexpr int CONSUMERS = 2 * WARPGROUP;
 constexpr int CONSUMER_WARPS = CONSUMERS / 32;
-constexpr int PRODUCER_WARPS = 4;
-constexpr int THREADS = CONSUMERS + PRODUCER_WARPS * 32;
+constexpr int PRODUCER_WARPS = 3;
+constexpr int COORDINATOR_WARP = CONSUMER_WARPS + PRODUCER_WARPS;
+constexpr int THREADS = (COORDINATOR_WARP + 1) * 32;
 constexpr int PRODUCER_REGISTERS = 40;
 constexpr int CONSUMER_REGISTERS = 232;
-// Named barriers, one for each meeting point; both warpgroups take part but for the last.
-enum Barrier {
-    SUMS_BARRIER = 1,      // the warps' sums are in shared memory
-    INVERSES_BARRIER,      // and their inverses
-    SEGMENT_BARRIER,       // a segment's results are written
-    MEET_BARRIER,          // thread 0 has seen the other lanes arrive
-    SHARES_BARRIER,        // before and (+ 1) after helpers leave their shares of a piece
-    PART_BARRIER = SHARES_BARRIER + 2,  // a part of a shared unit is merged
-    WARPGROUP_BARRIER      // of one warpgroup: + its number
-};
+constexpr int WARPGROUP_BARRIER = 1;  // named barrier of one warpgroup: + its number
 
 // P may exceed 1 by this many powers of two before the columns are rescaled: fp16 has the room, fp32 sums too.
 constexpr float LAZY_LOG2 = 8.0f;
 #define NEG_INF (-__int_as_float(0x7f800000))
 
 struct Statistics {
-    float4 warp_max[ROWS];     // of the four warps of a warpgroup, while it takes the maxima of a tile's columns
-    float reference[2][ROWS];  // log2 domain; P^T = 2^(x - reference). Even and odd tiles
-    float factor[2][ROWS];     // of the rescaling before an even, an odd tile
-    float inverse_sum[ROWS];   // at the end of a segment
-    int rescale[2];            // whether there is one
+    float4 warp_max[ROWS];  // of the four warps of a warpgroup, while it takes the maxima of a tile's columns
+    float reference[ROWS];  // log2 domain; P^T = 2^(x - reference)
+    float factor[2][ROWS];  // of the rescaling before an even, an odd tile
+    int rescale[2];         // whether there is one
 };
 
 // Division by a number that the host knows: q = n * magic / 2^64 with magic = floor(2^64 / d) + 1 is exact for 32-bit n.
@@ -85,47 +81,82 @@ struct Divider {
 struct Params {
     TensorMap latent_map;  // (dims, page_size, num_pages), box 64 x min(page_size, 64) x 1
     TensorMap rope_map;
+    const u16* k_latent;  // what the maps describe
+    const u16* k_rope;
     const u16* q_latent;
     const u16* q_rope;
     u16* out;
     float* lse;  // or null
-    const int* block_table;
+    const int* block_table;  // or the pages of all requests, one list after the other
     const int* cache_seqlens;
+    const int* cu_seqlens_q;  // or null: s_q queries a request
+    const int* page_indptr;   // or null: block_table is a table
     float4* partials;        // [slot][block of 64 dims][warp][column group][lane of the warp]
     float2* partial_stats;   // [slot][column]: reference, sum
     u32* counters;           // [lane of the grid][row group][COUNTER_WORDS]; zero between launches
+    i64 k_strides[2];        // elements, of (page, token)
+    i64 k_rope_strides[2];
     i64 q_strides[3];        // elements, of (request, query token, head)
     i64 q_rope_strides[3];
     i64 out_strides[3];
     i64 lse_strides[3];
     i64 table_stride;
     i64 seqlens_stride;
-    Divider by_heads, by_page_tiles, by_lanes, by_share, by_row_groups;
+    Divider by_heads, by_page_tiles, by_lanes, by_share, by_row_groups, by_passes;
     int batch;
     int s_q;
+    int total_q;  // of all requests, with cu_seqlens_q
     int heads;
-    int max_pages;
+    int max_pages;  // columns of the table, or entries of the lists
     int page_size;
     int page_tiles;  // key tiles of a page, 1 for pages smaller than a tile
     int tile_pages;  // pages of a key tile, 1 for pages that hold whole tiles
+    int gather;      // pages are so small that threads copy the rows of a tile rather than the copy engine
     int lanes;
     int share;  // lanes of each unit when they are shared out evenly, 0 when there are more units than lanes
     int row_groups;
-    int passes;
+    int passes;  // of a request with s_q queries
     int causal;
     int q_vector_loads;  // every row of q starts on 16 bytes
     int patience;        // clock cycles a CTA waits for the lanes it shares a unit with
     float scale_log2;    // softmax_scale * log2(e)
+    float lse_factor;    // from log2 to what the caller wants
+    float lse_no_key;    // lse of a query that sees no key
 };
 
 // Of the unit that starts in a lane: arrivals, departures. Of the lane itself: whether it gave up waiting for the unit it
 // continues, for the unit it starts.
 constexpr int COUNTER_WORDS = 4;
 
+struct Range {
+    int begin, count;
+};
+
+// Entries [list[i], list[i + 1]) of an array of `limit`, whatever the list says.
+__device__ __forceinline__ Range list_range(const int* list, int i, int limit) {
+    const int begin = max(0, min(list[i], limit));
+    return {begin, max(0, min(list[i + 1], limit) - begin)};
+}
+
+__device__ __forceinline__ Range queries_of(const Params& p, int request) {
+    return p.cu_seqlens_q ? list_range(p.cu_seqlens_q, request, p.total_q) : Range{0, p.s_q};
+}
+
+__device__ __forceinline__ int passes_of(const Params& p, int request) {
+    if (!p.cu_seqlens_q) return p.passes;
+    const int tiles = (queries_of(p, request).count * p.heads + ROWS - 1) / ROWS;
+    return p.by_row_groups(tiles + p.row_groups - 1);
+}
+
 __device__ __forceinline__ int seqlen_of(const Params& p, int request) {
-    const i64 capacity = i64(p.max_pages) * p.page_size;
+    const int pages = p.page_indptr ? list_range(p.page_indptr, request, p.max_pages).count : p.max_pages;
+    const i64 capacity = i64(pages) * p.page_size;
     const i64 length = p.cache_seqlens[request * p.seqlens_stride];
     return int(length < 0 ? 0 : length > capacity ? capacity : length);
+}
+
+__device__ __forceinline__ const int* pages_of(const Params& p, int request) {
+    return p.block_table + (p.page_indptr ? list_range(p.page_indptr, request, p.max_pages).begin : request * p.table_stride);
 }
 
 __device__ __forceinline__ int unit_tiles_of(int seqlen) {
@@ -156,29 +187,25 @@ struct Start {
     int even;
     int gap;         // empty cells before each unit
     int cells;       // of all units
+    int request;     // where the lane starts
     int unit_begin;  // first cell, gap included, of the first pass over `request`
-    int request;
-    int seqlen;
-    int warp_sums[CONSUMER_WARPS];
-    int warp_longest[CONSUMER_WARPS];
 };
 
-// Walks over the segments of one lane. Producer and consumers each keep one.
+// Walks over the segments of one lane. Every warp keeps one, the same in all its threads.
 struct Walk {
-    int request, pass;
+    int request, pass, passes;
     int seqlen;
     int unit_begin, unit_tiles;  // first cell after the gap, tiles of the segment's unit
     int tile_begin, tile_end;    // of the segment, within the unit
     int end;                     // of the lane's cells
 
-    Walk() = default;
     __device__ __forceinline__ Walk(const Params& p, const Start& start, int lane) {
         request = start.request;
-        seqlen = start.seqlen;
-        unit_tiles = unit_tiles_of(seqlen);
+        load_request(p);
+        pass = 0;
         if (start.even) {
             const int unit = p.by_share(lane), index = lane - unit * p.share;
-            pass = unit - request * p.passes;
+            if (passes > 1) pass = unit - request * passes;
             const Division division(unit_tiles, p.share, p.by_share);
             const bool used = request < p.batch && index < division.lanes;
             unit_begin = 0;
@@ -188,17 +215,19 @@ struct Walk {
             const Division division(start.cells, p.lanes, p.by_lanes);
             const bool used = lane < division.lanes;
             const int begin = division.begin(lane), offset = begin - start.unit_begin, unit_cells = unit_tiles + start.gap;
-            pass = p.passes == 1 ? 0 : offset / unit_cells;
+            if (passes > 1) pass = offset / unit_cells;
             unit_begin = start.unit_begin + pass * unit_cells + start.gap;
             end = used ? division.begin(lane + 1) : 0;
             tile_begin = used ? max(0, begin - unit_begin) : 0;
             tile_end = used ? min(unit_tiles, end - unit_begin) : 0;
             if (used && tile_end <= tile_begin) next(p, start);  // all of the lane lies in gaps, or this unit's part of it
         }
+        make_uniform();
     }
     __device__ __forceinline__ bool active() const { return tile_begin < tile_end; }
     __device__ __forceinline__ bool starts() const { return tile_begin == 0; }
     __device__ __forceinline__ bool ends() const { return tile_end == unit_tiles; }
+    __device__ __forceinline__ bool whole() const { return starts() && ends(); }
     // Tiles of the segment that hold keys: a request without keys owns one tile that does not.
     __device__ __forceinline__ int key_tiles() const { return seqlen == 0 ? 0 : tile_end - tile_begin; }
 
@@ -206,12 +235,35 @@ struct Walk {
         unit_begin += unit_tiles + start.gap;
         tile_begin = tile_end = 0;
         if (start.even || unit_begin >= end) return;
-        if (++pass == p.passes) {
+        if (++pass == passes) {
             pass = 0;
-            seqlen = seqlen_of(p, ++request);
-            unit_tiles = unit_tiles_of(seqlen);
+            do {
+                ++request;
+                load_request(p);
+            } while (passes == 0);
         }
         tile_end = min(unit_tiles, end - unit_begin);
+        make_uniform();
+    }
+
+private:
+    __device__ __forceinline__ void load_request(const Params& p) {
+        const bool exists = request < p.batch;
+        seqlen = exists ? seqlen_of(p, request) : 0;
+        passes = exists ? passes_of(p, request) : 1;
+        unit_tiles = unit_tiles_of(seqlen);
+    }
+    // The compiler keeps in uniform registers only what it knows to be the same in all threads of the warp.
+    __device__ __forceinline__ void make_uniform() {
+        request = uniform(request);
+        pass = uniform(pass);
+        passes = uniform(passes);
+        seqlen = uniform(seqlen);
+        unit_begin = uniform(unit_begin);
+        unit_tiles = uniform(unit_tiles);
+        tile_begin = uniform(tile_begin);
+        tile_end = uniform(tile_end);
+        end = uniform(end);
     }
 };
 
@@ -222,8 +274,8 @@ struct SharedUnit {
 };
 
 constexpr int SHARED_LIMIT = 232448;
-constexpr int FIXED_BYTES = TILE_CHUNKS * Q_CHUNK_BYTES + 2 * P_BYTES + sizeof(Statistics) + sizeof(Start) +
-                            sizeof(Walk) + 2 * sizeof(SharedUnit) + 6 * 8;
+constexpr int FIXED_BYTES =
+    TILE_CHUNKS * Q_CHUNK_BYTES + 2 * P_BYTES + sizeof(Statistics) + 2 * sizeof(SharedUnit) + 13 * 8;
 constexpr int SLOTS = (SHARED_LIMIT - FIXED_BYTES) / (CHUNK_BYTES + 2 * 8);
 // Chunks of its next tile that a warpgroup multiplies before it turns to the tile in between: products for the time of the
 // other's softmax, but with 64 rows the tile in between holds half of the ring and should not wait for the last of them.
@@ -238,11 +290,13 @@ struct Shared {
     u64 chunk_full[SLOTS];
     u64 chunk_empty[SLOTS];
     u64 p_full[2];
-    u64 q_full;
-    Start start;
-    Walk walk;  // of the consumers
+    u64 met[2];
+    u64 q_full, q_empty;
+    u64 sums_full;
+    u64 shares_full;
+    u64 part_done[2];
     SharedUnit shared_units[2];
-    u32 arrivals;  // of a shared unit, as thread 0 saw them last
+    u32 arrivals[2];  // of the shared units, as the coordinator saw them last
     Statistics statistics;
 };
 static_assert(sizeof(Shared) <= SHARED_LIMIT, "shared memory of a CTA");
@@ -261,71 +315,71 @@ struct Place {
 
 // ---------------------------------------------------------------------------------------------- prologue
 
-// Finds how the tiles are divided and the unit where this lane starts: a scan over the lengths, a block of requests a thread.
-__device__ __forceinline__ void find_start(const Params& p, Start& start, int lane) {
-    const int t = threadIdx.x;
-    const int each = (p.batch + CONSUMERS - 1) / CONSUMERS;
-    const int begin = min(t * each, p.batch), end = min(begin + each, p.batch);
-    int own = 0, longest = 0;
-    if (t < CONSUMERS)
-        for (int r = begin; r < end; ++r) {
-            const int tiles = unit_tiles_of(seqlen_of(p, r));
-            own += tiles;
-            longest = max(longest, tiles);
-        }
-    int inclusive = own;
+// One thread of each warp takes every THREADS / 32-th slot: an initialisation takes some 30 cycles, and the rest waits for it.
+__device__ __forceinline__ void init_barriers(const Params& p, Shared& s, int warp) {
+    if (threadIdx.x % 32 > 0) return;
+#pragma unroll 1
+    for (int i = warp; i < SLOTS; i += THREADS / 32) {
+        mbarrier_init(shared_address(&s.chunk_full[i]), p.gather ? 32 : 1);
+        mbarrier_init(shared_address(&s.chunk_empty[i]), 4);
+    }
+    if (warp >= CONSUMER_WARPS && warp < CONSUMER_WARPS + 2) {
+        const int w = warp - CONSUMER_WARPS;
+        mbarrier_init(shared_address(&s.p_full[w]), 4);
+        mbarrier_init(shared_address(&s.met[w]), 1);
+        mbarrier_init(shared_address(&s.part_done[w]), CONSUMERS);
+    }
+    if (warp == COORDINATOR_WARP) {
+        mbarrier_init(shared_address(&s.q_full), 1);
+        mbarrier_init(shared_address(&s.q_empty), CONSUMERS + 32);
+        mbarrier_init(shared_address(&s.sums_full), CONSUMERS);
+        mbarrier_init(shared_address(&s.shares_full), CONSUMERS);
+    }
+    mbarrier_init_fence();
+}
+
+// How the tiles are divided and where this lane starts: a scan over the lengths by each warp, for itself. Thread l takes
+// the l-th block of requests.
+__device__ __forceinline__ Start find_start(const Params& p, int lane) {
+    const int l = threadIdx.x % 32;
+    const int each = (p.batch + 31) / 32;
+    const int begin = min(l * each, p.batch), end = min(begin + each, p.batch);
+    int tiles = 0, units = 0, longest = 0;
+#pragma unroll 4
+    for (int r = begin; r < end; ++r) {
+        const int passes = passes_of(p, r), unit_tiles = unit_tiles_of(seqlen_of(p, r));
+        units += passes;
+        tiles += passes * unit_tiles;
+        longest = max(longest, unit_tiles);
+    }
+    Start start;
+    const int total = __reduce_add_sync(~0u, tiles);
+    start.gap = total > p.lanes ? SWITCH_TILES : 0;
+    start.cells = total + start.gap * int(__reduce_add_sync(~0u, units));
+    start.even = p.share && p.by_share(__reduce_max_sync(~0u, longest) + p.share - 1) <= p.by_lanes(start.cells + p.lanes - 1);
+    if (start.even) {
+        start.request = p.by_passes(p.by_share(lane));
+        return start;
+    }
+    const int own = tiles + start.gap * units;
+    int after = own;  // cells up to and with this thread's
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
-        const int below = __shfl_up_sync(~0u, inclusive, d);
-        if (t % 32 >= d) inclusive += below;
+        const int below = __shfl_up_sync(~0u, after, d);
+        if (l >= d) after += below;
     }
-    longest = __reduce_max_sync(~0u, longest);
-    if (t < CONSUMERS && t % 32 == 31) {
-        start.warp_sums[t / 32] = inclusive;
-        start.warp_longest[t / 32] = longest;
+    const int target = Division(start.cells, p.lanes, p.by_lanes).begin(lane);
+    const u32 found = __ballot_sync(~0u, target >= after - own && target < after);
+    const int source = found ? __ffs(found) - 1 : 31;
+    start.request = found ? __shfl_sync(~0u, begin, source) : p.batch;
+    start.unit_begin = __shfl_sync(~0u, after - own, source);
+    while (start.request < p.batch) {
+        const int cells = (unit_tiles_of(seqlen_of(p, start.request)) + start.gap) * passes_of(p, start.request);
+        if (target < start.unit_begin + cells) break;
+        start.unit_begin += cells;
+        ++start.request;
     }
-    __syncthreads();
-    if (t < CONSUMERS) {
-        int total = 0, before = inclusive - own;
-#pragma unroll
-        for (int w = 0; w < CONSUMER_WARPS; ++w) {
-            if (w < t / 32) before += start.warp_sums[w];
-            total += start.warp_sums[w];
-            longest = max(longest, start.warp_longest[w]);
-        }
-        const int gap = total * p.passes > p.lanes ? SWITCH_TILES : 0;
-        const int cells = (total + gap * p.batch) * p.passes;
-        const bool even = p.share && p.by_share(longest + p.share - 1) <= p.by_lanes(cells + p.lanes - 1);
-        if (even) {
-            if (t == 0) {
-                const int request = p.by_share(lane) / p.passes;
-                start.request = request;
-                start.seqlen = request < p.batch ? seqlen_of(p, request) : 0;
-            }
-        } else {
-            const int target = Division(cells, p.lanes, p.by_lanes).begin(lane);
-            int first = (before + gap * begin) * p.passes;
-            if (target >= first && target < first + (own + gap * (end - begin)) * p.passes) {
-                int r = begin, seqlen;
-#pragma unroll 1
-                for (;; ++r) {
-                    seqlen = seqlen_of(p, r);
-                    const int request_cells = (unit_tiles_of(seqlen) + gap) * p.passes;
-                    if (target < first + request_cells) break;
-                    first += request_cells;
-                }
-                start.request = r;
-                start.seqlen = seqlen;
-                start.unit_begin = first;
-            }
-        }
-        if (t == 0) {
-            start.even = even;
-            start.gap = gap;
-            start.cells = cells;
-        }
-    }
-    __syncthreads();
+    return start;
 }
 
 // Has the tensor maps and the table brought closer while the lengths are read. Most batches are even enough that the lane's
@@ -333,10 +387,9 @@ __device__ __forceinline__ void find_start(const Params& p, Start& start, int la
 __device__ __forceinline__ void prefetch_inputs(const Params& p, int lane) {
     constexpr int LINE = 32;  // entries of the table
     const int l = threadIdx.x % 32;
-    const int* row = p.block_table + i64(p.by_lanes(lane * p.batch)) * p.table_stride;
-    if (l * LINE < p.max_pages) prefetch_l2(row + l * LINE);
     if (l == 0) tma_prefetch_map(&p.latent_map);
     if (l == 0) tma_prefetch_map(&p.rope_map);
+    if (l * LINE < p.max_pages) prefetch_l2(p.block_table + i64(p.by_lanes(lane * p.batch)) * p.table_stride + l * LINE);
 }
 
 // ---------------------------------------------------------------------------------------------- producer
@@ -351,10 +404,8 @@ __device__ __forceinline__ void produce_tile(const Params& p, Shared& s, const P
     for (int j = warp; j < TILE_CHUNKS; j += PRODUCER_WARPS) {
         const Place place = first.ahead(j);
         const u32 full = shared_address(&s.chunk_full[place.slot]);
-        if (l == 0) {
-            mbarrier_wait(shared_address(&s.chunk_empty[place.slot]), place.parity ^ 1);
-            mbarrier_arrive_expect(full, CHUNK_BYTES);
-        }
+        mbarrier_wait(shared_address(&s.chunk_empty[place.slot]), place.parity ^ 1);
+        if (l == 0) mbarrier_arrive_expect(full, CHUNK_BYTES);
         __syncwarp();
         const TensorMap* map = j < ROPE_CHUNKS ? &p.rope_map : &p.latent_map;
         const int dim = (j < ROPE_CHUNKS ? j : j - ROPE_CHUNKS) * CHUNK_DIMS;
@@ -364,12 +415,37 @@ __device__ __forceinline__ void produce_tile(const Params& p, Shared& s, const P
     }
 }
 
-__device__ __forceinline__ void produce(const Params& p, Shared& s, int lane) {
+// The same for pages of few tokens, row by row: eight threads copy the 128 bytes of a row. Thread l holds the pages of
+// parts l and l + 32.
+__device__ __forceinline__ void gather_tile(const Params& p, Shared& s, const Place& first, int page, int second) {
+    const int l = threadIdx.x % 32, warp = uniform(threadIdx.x / 32 - CONSUMER_WARPS);
+    const int piece = l % 8;
+#pragma unroll 1
+    for (int j = warp; j < TILE_CHUNKS; j += PRODUCER_WARPS) {
+        const Place place = first.ahead(j);
+        const bool rope = j < ROPE_CHUNKS;
+        const u16* source = (rope ? p.k_rope + j * CHUNK_DIMS : p.k_latent + (j - ROPE_CHUNKS) * CHUNK_DIMS) + piece * 8;
+        const i64 page_stride = rope ? p.k_rope_strides[0] : p.k_strides[0];
+        const int token_stride = int(rope ? p.k_rope_strides[1] : p.k_strides[1]);
+        const u32 target = shared_address(s.ring[place.slot]) + l / 8 * 128;
+        mbarrier_wait(shared_address(&s.chunk_empty[place.slot]), place.parity ^ 1);
+#pragma unroll 8
+        for (int i = 0; i < TILE_KEYS / 4; ++i) {
+            const int row = i * 4 + l / 8, part = row / p.page_size;
+            const int id = __shfl_sync(~0u, p.page_size == 1 && i >= TILE_KEYS / 8 ? second : page, part % 32);
+            copy_16_bytes(target + i * 4 * 128 + ((piece ^ (row & 7)) << 4),
+                          source + id * page_stride + (row - part * p.page_size) * token_stride, true);
+        }
+        copy_arrive(shared_address(&s.chunk_full[place.slot]));
+    }
+}
+
+__device__ __forceinline__ void produce(const Params& p, Shared& s, const Start& start, int lane) {
     const int l = threadIdx.x % 32;
     Place place(0, 0);
-    for (Walk walk(p, s.start, lane); walk.active(); walk.next(p, s.start)) {
+    for (Walk walk(p, start, lane); walk.active(); walk.next(p, start)) {
         const int tiles = walk.key_tiles();
-        const int* table = p.block_table + i64(walk.request) * p.table_stride;
+        const int* table = pages_of(p, walk.request);
         if (p.tile_pages == 1) {
             // Each thread of the warp holds the page of one of the next 32 tiles.
             auto page_of = [&](int i) { return i < tiles ? table[p.by_page_tiles(walk.tile_begin + i)] : 0; };
@@ -396,7 +472,10 @@ __device__ __forceinline__ void produce(const Params& p, Shared& s, int lane) {
             int page = page_of(0, l), second = page_of(0, l + 32);
             for (int i = 0; i < tiles; ++i) {
                 const int next_page = page_of(i + 1, l), next_second = page_of(i + 1, l + 32);
-                produce_tile(p, s, place, p.tile_pages, page, second, 0);
+                if (p.gather)
+                    gather_tile(p, s, place, page, second);
+                else
+                    produce_tile(p, s, place, p.tile_pages, page, second, 0);
                 place = place.ahead(TILE_CHUNKS);
                 page = next_page;
                 second = next_second;
@@ -408,9 +487,17 @@ __device__ __forceinline__ void produce(const Params& p, Shared& s, int lane) {
 // ---------------------------------------------------------------------------------------------- consumers
 
 struct RowTile {
-    int first;  // first query row of the tile within the request
-    int count;  // rows that exist, 0 when the tile lies past the last row
+    int first;       // first query row of the tile within the request
+    int count;       // rows that exist, 0 when the tile lies past the last row
+    int first_token; // of the request, in q and out
+    int queries;     // of the request
 };
+
+__device__ __forceinline__ RowTile row_tile_of(const Params& p, int request, int pass, int row_group) {
+    const int first = (pass * p.row_groups + row_group) * ROWS;
+    const Range queries = queries_of(p, request);
+    return {first, max(0, min(ROWS, queries.count * p.heads - first)), queries.begin, queries.count};
+}
 
 // One warpgroup's view of the pipeline.
 struct Consumer {
@@ -450,8 +537,7 @@ struct Consumer {
         return operand_descriptor(shared_address(s.ring)) + slot * (CHUNK_BYTES >> 4);
     }
 
-    // S^T += K Q^T for chunks [from, to) of the tile that begins at `first`, as they arrive; complete on return. A loop, not
-    // straight code: at the start of a kernel every instruction comes from afar.
+    // S^T += K Q^T for chunks [from, to) of the tile that begins at `first`, as they arrive; complete on return.
     __device__ __forceinline__ void multiply_scores(const Place& first, int from, int to) {
         // Written out: with the first product told not to accumulate, NVRTC up to 12.8 clears x inside the loop and
         // serializes the products.
@@ -463,6 +549,7 @@ struct Consumer {
 #pragma unroll 1
         for (int j = from; j < to; ++j) {
             mbarrier_wait(shared_address(&s.chunk_full[place.slot]), place.parity);
+            if (p.gather) fence_async_proxy();  // the copies of threads are ordinary writes
             wgmma_fence();
             const u32 k = slot_descriptor(place.slot);
 #pragma unroll
@@ -543,10 +630,12 @@ struct Consumer {
     __device__ __forceinline__ void move_reference(int tile) {
         Statistics& st = s.statistics;
         float* warp_max = reinterpret_cast<float*>(st.warp_max);
+        float old[COLUMN_GROUPS][2];
 #pragma unroll
         for (int g = 0; g < COLUMN_GROUPS; ++g)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
+                old[g][e] = tile == 0 ? NEG_INF : st.reference[column(g, e)];
                 float m = fmaxf(x[g * 4 + e], x[g * 4 + e + 2]);
 #pragma unroll
                 for (int d = 4; d < 32; d *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, d));
@@ -559,12 +648,11 @@ struct Consumer {
             for (int e = 0; e < 2; ++e) {
                 const int n = column(g, e);
                 const float4 m = st.warp_max[n];
-                const float old = tile == 0 ? NEG_INF : st.reference[warpgroup ^ 1][n];
-                const float grown = fmaxf(fmaxf(fmaxf(m.x, m.y), fmaxf(m.z, m.w)) * p.scale_log2, old);
-                const float factor = grown == old ? 1.0f : exp2_approx(old - grown);
+                const float grown = fmaxf(fmaxf(fmaxf(m.x, m.y), fmaxf(m.z, m.w)) * p.scale_log2, old[g][e]);
+                const float factor = grown == old[g][e] ? 1.0f : exp2_approx(old[g][e] - grown);
                 if (tile > 0) scale_column(g, e, factor);
                 if (warp == 0 && lane < 4) {
-                    st.reference[warpgroup][n] = grown;
+                    st.reference[n] = grown;
                     st.factor[warpgroup][n] = factor;
                 }
             }
@@ -573,22 +661,21 @@ struct Consumer {
     }
 
     // Softmax of a finished S^T, published as P^T. No product may be running.
-    __device__ __forceinline__ void publish_weights(int tile, int first_key, int seqlen, int first_row) {
-        Statistics& st = s.statistics;
-        const int limit = p.causal ? seqlen - p.s_q + 1 + p.by_heads(first_row) : seqlen;  // of the first row
+    __device__ __forceinline__ void publish_weights(int tile, int first_key, int seqlen, const RowTile& rows) {
+        const float* reference = s.statistics.reference;
+        // Keys that the rows see: of the first row, which sees the fewest.
+        const int limit = p.causal ? seqlen - rows.queries + 1 + p.by_heads(rows.first) : seqlen;
         if (first_key + TILE_KEYS > min(limit, seqlen)) {
             const int key = first_key + warp * 16 + lane / 4;
 #pragma unroll
             for (int g = 0; g < COLUMN_GROUPS; ++g)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    const int row = first_row + column(g, e);
-                    const int seen = p.causal ? min(seqlen, seqlen - p.s_q + 1 + p.by_heads(row)) : seqlen;
+                    const int token = p.by_heads(rows.first + column(g, e));
+                    const int seen = p.causal ? min(seqlen, seqlen - rows.queries + 1 + token) : seqlen;
                     if (key + (e < 2 ? 0 : 8) >= seen) x[g * 4 + e] = NEG_INF;
                 }
         }
-        // The reference as the other warpgroup left it at the tile before. Read again below: registers are for O^T.
-        const float* reference = st.reference[warpgroup ^ 1];
         bool excess = tile == 0;
         if (tile > 0) {
 #pragma unroll
@@ -599,14 +686,10 @@ struct Consumer {
             excess = warpgroup == 0 ? named_barrier_any<WARPGROUP_BARRIER, WARPGROUP>(excess)
                                     : named_barrier_any<WARPGROUP_BARRIER + 1, WARPGROUP>(excess);
         }
-        if (excess) {
+        if (excess)
             move_reference(tile);
-            reference = st.reference[warpgroup];
-        } else {
-            const int n = threadIdx.x % WARPGROUP;
-            if (n < ROWS) st.reference[warpgroup][n] = reference[n];
-            if (n == 0) st.rescale[warpgroup] = 0;
-        }
+        else if (threadIdx.x % WARPGROUP == 0)
+            s.statistics.rescale[warpgroup] = 0;
 
         const u32 p_base = shared_address(s.p[warpgroup]);
 #pragma unroll
@@ -630,10 +713,9 @@ struct Consumer {
     }
 
     // All key tiles of a segment; tile indices count from its start.
-    __device__ __forceinline__ void run_tiles(const Walk& walk, int first_row) {
-        const int tiles = uniform(walk.key_tiles());
+    __device__ __forceinline__ void run_tiles(const Walk& walk, const RowTile& rows) {
+        const int tiles = walk.key_tiles();
         const int tail = walk.ends() ? walk.seqlen - (walk.unit_tiles - 1) * TILE_KEYS : TILE_KEYS;  // keys of the last
-        here = {uniform(here.slot), u32(uniform(here.parity))};
         if (warpgroup == 0) multiply_scores(here, 0, SPLIT_CHUNKS);
 #pragma unroll 1
         for (int i = 0; i < tiles; ++i) {
@@ -641,7 +723,7 @@ struct Consumer {
                 multiply_scores(here, SPLIT_CHUNKS, TILE_CHUNKS);
 #pragma unroll
                 for (int j = 0; j < ROPE_CHUNKS; ++j) release(here.ahead(j));
-                publish_weights(i, (walk.tile_begin + i) * TILE_KEYS, walk.seqlen, first_row);
+                publish_weights(i, (walk.tile_begin + i) * TILE_KEYS, walk.seqlen, rows);
             } else if (i + 1 < tiles) {
                 // Runs while the other warpgroup takes the softmax of tile i.
                 multiply_scores(here.ahead(TILE_CHUNKS), 0, SPLIT_CHUNKS);
@@ -654,42 +736,46 @@ struct Consumer {
         }
     }
 
-    __device__ __forceinline__ void clear_sums() {
+    __device__ __forceinline__ void clear() {
 #pragma unroll
         for (int g = 0; g < COLUMN_GROUPS; ++g) sums[g][0] = sums[g][1] = 0.0f;
-    }
-
-    __device__ __forceinline__ void clear_output() {
 #pragma unroll
         for (int b = 0; b < OWN_BLOCKS; ++b)
 #pragma unroll
             for (int i = 0; i < ROWS / 2; ++i) o[b][i] = 0.0f;
     }
 
-    // Query rows to shared memory: chunk j, row n at n * 128 bytes, 16-byte pieces swizzled by the row. A warp takes
-    // every fourth row. The copies of this thread may still run on return.
+    // Query rows to shared memory: chunk j, row n at n * 128 bytes, 16-byte pieces swizzled by the row. Eight threads take
+    // a row, a piece of every chunk each.
     __device__ __forceinline__ void load_queries(int request, const RowTile& rows) {
-        const u32 base = shared_address(s.q);
+        const int piece = threadIdx.x % 8;
 #pragma unroll 1
-        for (int n = warp; n < ROWS; n += 4) {
+        for (int n = threadIdx.x / 8; n < ROWS; n += WARPGROUP / 8) {
             const int row = rows.first + n, token = p.by_heads(row), head = row - token * p.heads;
-            const u16* latent = p.q_latent + request * p.q_strides[0] + token * p.q_strides[1] + head * p.q_strides[2];
-            const u16* rope = p.q_rope + request * p.q_rope_strides[0] + token * p.q_rope_strides[1] +
-                              head * p.q_rope_strides[2];
+            const i64 place = rows.first_token + token;
+            const u16* latent = p.q_latent + request * p.q_strides[0] + place * p.q_strides[1] + head * p.q_strides[2] + piece * 8;
+            const u16* rope = p.q_rope + request * p.q_rope_strides[0] + place * p.q_rope_strides[1] +
+                              head * p.q_rope_strides[2] + piece * 8;
+            const u32 target = n * 128 + ((piece ^ (n & 7)) << 4);
+            const bool exists = n < rows.count;
+            if (p.q_vector_loads) {
 #pragma unroll
-            for (int piece = lane; piece < TILE_CHUNKS * 8; piece += 32) {
-                const u16* source = piece < ROPE_CHUNKS * 8 ? rope + piece * 8 : latent + (piece - ROPE_CHUNKS * 8) * 8;
-                const u32 target = base + piece / 8 * Q_CHUNK_BYTES + n * 128 + ((piece % 8 ^ (n & 7)) << 4);
-                if (p.q_vector_loads) {
-                    copy_16_bytes(target, source, n < rows.count);
-                } else {
-                    const u32 offset = target - base;
+                for (int j = 0; j < TILE_CHUNKS; ++j)
+                    copy_16_bytes(shared_address(s.q[j]) + target,
+                                  j < ROPE_CHUNKS ? rope + j * CHUNK_DIMS : latent + (j - ROPE_CHUNKS) * CHUNK_DIMS, exists);
+            } else {
 #pragma unroll 1
-                    for (int i = 0; i < 8; ++i)
-                        reinterpret_cast<u16*>(s.q)[offset / 2 + i] = n < rows.count ? source[i] : u16(0);
+                for (int i = 0; i < TILE_CHUNKS * 8; ++i) {
+                    const int j = i / 8;
+                    const u16* source = j < ROPE_CHUNKS ? rope + j * CHUNK_DIMS : latent + (j - ROPE_CHUNKS) * CHUNK_DIMS;
+                    reinterpret_cast<u16*>(s.q[j] + target)[i % 8] = exists ? source[i % 8] : u16(0);
                 }
             }
         }
+        copy_wait_all();
+        fence_async_proxy();
+        warpgroup_barrier();
+        if (threadIdx.x == 0) mbarrier_arrive(shared_address(&s.q_full));
     }
 };
 
@@ -700,10 +786,10 @@ __device__ __forceinline__ void store_outputs(const Params& p, int request, cons
     const u32 low = transpose(pack<IS_BF16>(v[0] * scale_even, v[1] * scale_odd));
     const u32 high = transpose(pack<IS_BF16>(v[2] * scale_even, v[3] * scale_odd));
     const int n = group * 8 + lane / 4;
+    const int row = rows.first + n, token = p.by_heads(row), head = row - token * p.heads;
+    u16* target = p.out + request * p.out_strides[0] + (rows.first_token + token) * p.out_strides[1] +
+                  head * p.out_strides[2] + first_dim + lane % 4 * 2;
     if (n < rows.count) {
-        const int row = rows.first + n, token = p.by_heads(row), head = row - token * p.heads;
-        u16* target = p.out + request * p.out_strides[0] + token * p.out_strides[1] + head * p.out_strides[2] + first_dim +
-                      lane % 4 * 2;
         *reinterpret_cast<u32*>(target) = low;
         *reinterpret_cast<u32*>(target + 8) = high;
     }
@@ -711,17 +797,11 @@ __device__ __forceinline__ void store_outputs(const Params& p, int request, cons
 
 __device__ __forceinline__ void store_lse(const Params& p, int request, const RowTile& rows, int n, float reference,
                                           float sum) {
-    constexpr float LN_2 = 0.6931471805599453f;
     if (n < rows.count && p.lse) {
         const int row = rows.first + n, token = p.by_heads(row), head = row - token * p.heads;
-        p.lse[request * p.lse_strides[0] + head * p.lse_strides[1] + token * p.lse_strides[2]] =
-            sum > 0.0f ? (reference + log2_approx(sum)) * LN_2 : sum == 0.0f ? NEG_INF : sum;
+        p.lse[request * p.lse_strides[0] + head * p.lse_strides[1] + (rows.first_token + token) * p.lse_strides[2]] =
+            sum > 0.0f ? (reference + log2_approx(sum)) * p.lse_factor : sum == 0.0f ? p.lse_no_key : sum;
     }
-}
-
-__device__ __forceinline__ RowTile row_tile_of(const Params& p, int pass, int row_group) {
-    const int first = (pass * p.row_groups + row_group) * ROWS;
-    return {first, max(0, min(ROWS, p.s_q * p.heads - first))};
 }
 
 // Partial results: a lane has one slot for the unit it starts in the middle of, one for the unit it starts.
@@ -729,15 +809,30 @@ __device__ __forceinline__ int partial_slot(const Params& p, int lane, bool star
     return (lane * 2 + int(starts)) * p.row_groups + row_group;
 }
 
-// Ends a segment: the sums of both warpgroups come together, then O^T goes out as the result or as a partial result.
-__device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, int lane, int row_group) {
+// Sums of P^T at the end of a segment, [column][warp]. Q lay there, which nobody needs any more: every score of the
+// segment was published before.
+using ColumnSums = float4[ROWS][CONSUMER_WARPS / 4];
+
+__device__ __forceinline__ float column_sum(const ColumnSums& sums, int column) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < CONSUMER_WARPS / 4; ++i) {
+        const float4 v = sums[column][i];
+        sum += (v.x + v.y) + (v.z + v.w);
+    }
+    return sum;
+}
+
+__device__ __forceinline__ float inverse(float sum) { return sum == 0.0f ? 0.0f : __fdividef(1.0f, sum); }
+
+// Ends a segment: O^T goes out as a partial result, or as the result once the sums of all warps have come together.
+__device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, const RowTile& rows, int lane, int row_group,
+                                               u32 phase) {
     const Params& p = c.p;
     Shared& s = c.s;
-    const RowTile rows = row_tile_of(p, walk.pass, row_group);
-    const bool whole = walk.starts() && walk.ends();
-    const int slot = partial_slot(p, lane, walk.starts(), row_group);
+    const bool whole = walk.whole();
     if (!whole) {
-        const int block = slot * LATENT_CHUNKS + c.warpgroup * OWN_BLOCKS;
+        const int block = partial_slot(p, lane, walk.starts(), row_group) * LATENT_CHUNKS + c.warpgroup * OWN_BLOCKS;
         float4* target = p.partials + (block * 4 + c.warp) * COLUMN_GROUPS * 32 + c.lane;
 #pragma unroll
         for (int g = 0; g < COLUMN_GROUPS; ++g)
@@ -747,8 +842,7 @@ __device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, in
                 target[(b * 4 * COLUMN_GROUPS + g) * 32] = make_float4(v[0], v[1], v[2], v[3]);
             }
     }
-    // Q is not needed any more: every score of the segment was published before this point.
-    float(*warp_sums)[ROWS] = reinterpret_cast<float(*)[ROWS]>(s.q);
+    ColumnSums& sums = reinterpret_cast<ColumnSums&>(s.q);
 #pragma unroll
     for (int g = 0; g < COLUMN_GROUPS; ++g)
 #pragma unroll
@@ -756,33 +850,23 @@ __device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, in
             float sum = c.sums[g][e];
 #pragma unroll
             for (int d = 4; d < 32; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
-            if (c.lane < 4) warp_sums[threadIdx.x / 32][c.column(g, e)] = sum;
+            if (c.lane < 4) reinterpret_cast<float*>(sums[c.column(g, e)])[threadIdx.x / 32] = sum;
         }
-    named_barrier<SUMS_BARRIER, CONSUMERS>();
-    if (threadIdx.x < ROWS) {
-        const int n = threadIdx.x;
-        float sum = 0.0f;
-#pragma unroll
-        for (int w = 0; w < CONSUMER_WARPS; ++w) sum += warp_sums[w][n];
-        const float reference = s.statistics.reference[walk.key_tiles() - 1 & 1][n];
-        if (whole) {
-            store_lse(p, walk.request, rows, n, reference, sum);
-            s.statistics.inverse_sum[n] = sum == 0.0f ? 0.0f : 1.0f / sum;
-        } else {
-            p.partial_stats[slot * ROWS + n] = make_float2(reference, sum);
-        }
-    }
+    mbarrier_arrive(shared_address(&s.sums_full));
     if (whole) {
-        named_barrier<INVERSES_BARRIER, CONSUMERS>();
+        mbarrier_wait(shared_address(&s.sums_full), phase);
 #pragma unroll
         for (int g = 0; g < COLUMN_GROUPS; ++g) {
-            const float even = s.statistics.inverse_sum[c.column(g, 0)], odd = s.statistics.inverse_sum[c.column(g, 1)];
+            const float even = inverse(column_sum(sums, c.column(g, 0))), odd = inverse(column_sum(sums, c.column(g, 1)));
 #pragma unroll
             for (int b = 0; b < OWN_BLOCKS; ++b)
                 store_outputs(p, walk.request, rows, g, (c.warpgroup * OWN_BLOCKS + b) * CHUNK_DIMS + c.warp * 16,
                               &c.o[b][g * 4], even, odd);
         }
+        if (threadIdx.x < ROWS)
+            store_lse(p, walk.request, rows, threadIdx.x, s.statistics.reference[threadIdx.x], column_sum(sums, threadIdx.x));
     }
+    mbarrier_arrive(shared_address(&s.q_empty));
 }
 
 // ---------------------------------------------------------------------------------------------- merge
@@ -802,31 +886,31 @@ struct Merged {
     float sum[2];
 };
 
-// Adds the partial results of members [from, to) of a unit for one piece of 16 dims x 8 columns, in their order.
-__device__ __forceinline__ void merge_members(const Params& p, const SharedUnit& unit, int row_group, int piece, int from,
-                                              int to, Merged& m) {
-    constexpr int BATCH = 8;  // members whose loads are in flight together
-    const int lane = threadIdx.x % 32, group = piece % COLUMN_GROUPS;
-    // Of member 0, as if it started in the middle of the unit; the next member's lie two slots a row group further on.
-    const u32 first = partial_slot(p, unit.first_lane, false, row_group), step = 2 * p.row_groups;
-    const float4* partials = p.partials + first * (MERGE_PIECES * 32) + piece * 32 + lane;
-    const float2* partial_stats = p.partial_stats + first * ROWS + group * 8 + lane % 4 * 2;
-    int base = from;
-    do {
-        float4 v[BATCH], stats[BATCH];
-        float top[2] = {m.reference[0], m.reference[1]};
+// Of one piece of 16 dims x 8 columns: the partial results of up to COUNT members, in flight or there.
+template <int COUNT>
+struct Partials {
+    float4 v[COUNT];
+    float4 stats[COUNT];  // reference and sum of an even, of an odd column
+
+    // Of members [from, to); `values` and `statistics` point to those of member 0 as if it started in the middle of the unit,
+    // the next member's lie `step` slots further on. Member 0 starts the unit: its own lie `own` slots further on.
+    __device__ __forceinline__ void load(const float4* values, const float4* statistics, u32 own, u32 step, int from, int to) {
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
+        for (int i = 0; i < COUNT; ++i) {
             v[i] = make_float4(0, 0, 0, 0);
             stats[i] = make_float4(NEG_INF, 0, NEG_INF, 0);
-            if (base + i < to) {
-                const u32 slot = base + i == 0 ? p.row_groups : (base + i) * step;  // from `first`
-                v[i] = load_shared_by_ctas(partials + slot * (MERGE_PIECES * 32));
-                stats[i] = load_shared_by_ctas(reinterpret_cast<const float4*>(partial_stats + slot * ROWS));
+            if (from + i < to) {
+                const u32 slot = from + i == 0 ? own : (from + i) * step;
+                v[i] = load_shared_by_ctas(values + slot * (MERGE_PIECES * 32));
+                stats[i] = load_shared_by_ctas(statistics + slot * (ROWS / 2));
             }
         }
+    }
+
+    __device__ __forceinline__ void add_to(Merged& m) const {
+        float top[2] = {m.reference[0], m.reference[1]};
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
+        for (int i = 0; i < COUNT; ++i) {
             top[0] = fmaxf(top[0], stats[i].x);
             top[1] = fmaxf(top[1], stats[i].z);
         }
@@ -840,7 +924,7 @@ __device__ __forceinline__ void merge_members(const Params& p, const SharedUnit&
             m.reference[e] = top[e];
         }
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
+        for (int i = 0; i < COUNT; ++i) {
             const float even = exp2_approx(stats[i].x - safe[0]), odd = exp2_approx(stats[i].z - safe[1]);
             m.v[0] += v[i].x * even;
             m.v[1] += v[i].y * odd;
@@ -849,66 +933,77 @@ __device__ __forceinline__ void merge_members(const Params& p, const SharedUnit&
             m.sum[0] += stats[i].y * even;
             m.sum[1] += stats[i].w * odd;
         }
-        base += BATCH;
-    } while (base < to);
+    }
+};
+
+// Adds the partial results of members [from, to) of a unit for one piece, in their order.
+__device__ __forceinline__ void merge_members(const Params& p, const SharedUnit& unit, int row_group, int piece, int from,
+                                              int to, Merged& m) {
+    constexpr int BATCH = 9;  // two batches are in flight together: 17 members a warp when 132 lanes share a unit
+    const int lane = threadIdx.x % 32, group = piece % COLUMN_GROUPS;
+    const u32 first = partial_slot(p, unit.first_lane, false, row_group), own = p.row_groups, step = 2 * p.row_groups;
+    const float4* values = p.partials + first * (MERGE_PIECES * 32) + piece * 32 + lane;
+    const float4* statistics = reinterpret_cast<const float4*>(p.partial_stats + first * ROWS) + group * 4 + lane % 4;
+#pragma unroll 1
+    for (; from < to; from += 2 * BATCH) {
+        Partials<BATCH> a, b;
+        a.load(values, statistics, own, step, from, to);
+        const bool more = from + BATCH < to;
+        if (more) b.load(values, statistics, own, step, from + BATCH, to);
+        a.add_to(m);
+        if (more) b.add_to(m);
+    }
 }
 
 // The part of a shared unit that falls to member `member`: pieces member, member + members, ... of the unit's
-// (block, warp, column group) pieces. With few pieces several warps divide the members of one among them. A rehearsal goes
-// through the loads and the arithmetic, but reads and writes nothing that others see, and stops short of the stores.
-__device__ __forceinline__ void merge_part(const Params& p, Shared& s, const SharedUnit& unit, int row_group, int member,
-                                           bool rehearsal) {
+// (block, warp, column group) pieces. With few pieces several warps divide the members of one among them.
+__device__ __forceinline__ void merge_part(const Params& p, Shared& s, const SharedUnit& unit, int index, int row_group,
+                                           int member, u32& shares_phase) {
     const int members = unit.members;
-    RowTile rows = row_tile_of(p, unit.pass, row_group);
-    if (rehearsal) rows.count = 0;
+    const RowTile rows = row_tile_of(p, unit.request, unit.pass, row_group);
     const int share_log2 = member + 4 * members < MERGE_PIECES   ? 0
                            : member + 2 * members < MERGE_PIECES ? 1
                            : member + members < MERGE_PIECES     ? 2
                                                                  : 3;
-    const int helpers = 1 << share_log2;  // warps that divide a piece
+    const int helpers = 1 << share_log2;  // warps that divide a piece; if there are several, there is one round
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int helper = warp % helpers;
     // The ring is idle: its first slots carry the helpers' shares.
-    Merged(*shares)[32] = reinterpret_cast<Merged(*)[32]>(s.ring);
+    Merged(*shares)[32] = reinterpret_cast<Merged(*)[32]>(s.ring[index]);
 #pragma unroll 1
     for (int first = member; first < MERGE_PIECES; first += (CONSUMER_WARPS >> share_log2) * members) {
         const int piece = first + (warp >> share_log2) * members;
         const int group = piece % COLUMN_GROUPS, block = piece / (4 * COLUMN_GROUPS), row_warp = piece / COLUMN_GROUPS % 4;
         Merged m = {{0, 0, 0, 0}, {NEG_INF, NEG_INF}, {0, 0}};
-        merge_members(p, unit, row_group, piece, members * helper >> share_log2,
-                      piece < MERGE_PIECES && !rehearsal ? members * (helper + 1) >> share_log2 : 0, m);
+        if (piece < MERGE_PIECES)
+            merge_members(p, unit, row_group, piece, members * helper >> share_log2, members * (helper + 1) >> share_log2, m);
         if (helpers > 1) {
-            if (!rehearsal) {
-                named_barrier<SHARES_BARRIER, CONSUMERS>();
-                shares[warp][lane] = m;
-                named_barrier<SHARES_BARRIER + 1, CONSUMERS>();
-            }
-            if (helper == 0) {
-                Merged all = {{0, 0, 0, 0}, {NEG_INF, NEG_INF}, {0, 0}};
+            shares[warp][lane] = m;
+            mbarrier_arrive(shared_address(&s.shares_full));
+            mbarrier_wait(shared_address(&s.shares_full), shares_phase);
+            shares_phase ^= 1;
+            if (helper == 0)
 #pragma unroll 1
-                for (int h = 0; h < helpers; ++h) {
+                for (int h = 1; h < helpers; ++h) {
                     const Merged& share = shares[warp + h][lane];
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
-                        const float top = fmaxf(all.reference[e], share.reference[e]), safe = top == NEG_INF ? 0.0f : top;
-                        const float keep = exp2_approx(all.reference[e] - safe), add = exp2_approx(share.reference[e] - safe);
-                        all.v[e] = all.v[e] * keep + share.v[e] * add;
-                        all.v[e + 2] = all.v[e + 2] * keep + share.v[e + 2] * add;
-                        all.sum[e] = all.sum[e] * keep + share.sum[e] * add;
-                        all.reference[e] = top;
+                        const float top = fmaxf(m.reference[e], share.reference[e]), safe = top == NEG_INF ? 0.0f : top;
+                        const float keep = exp2_approx(m.reference[e] - safe), add = exp2_approx(share.reference[e] - safe);
+                        m.v[e] = m.v[e] * keep + share.v[e] * add;
+                        m.v[e + 2] = m.v[e + 2] * keep + share.v[e + 2] * add;
+                        m.sum[e] = m.sum[e] * keep + share.sum[e] * add;
+                        m.reference[e] = top;
                     }
                 }
-                m = all;
-            }
         }
         if (helper == 0 && piece < MERGE_PIECES) {
-            store_outputs(p, unit.request, rows, group, block * CHUNK_DIMS + row_warp * 16, m.v,
-                          m.sum[0] == 0.0f ? 0.0f : 1.0f / m.sum[0], m.sum[1] == 0.0f ? 0.0f : 1.0f / m.sum[1]);
+            store_outputs(p, unit.request, rows, group, block * CHUNK_DIMS + row_warp * 16, m.v, inverse(m.sum[0]),
+                          inverse(m.sum[1]));
             if (block == 0 && row_warp == 0 && lane < 4)
                 for (int e = 0; e < 2; ++e)
                     store_lse(p, unit.request, rows, group * 8 + lane * 2 + e, m.reference[e], m.sum[e]);
         }
-        if (rehearsal) break;
     }
 }
 
@@ -916,54 +1011,43 @@ __device__ __forceinline__ void merge_part(const Params& p, Shared& s, const Sha
 constexpr u32 ARRIVED = 0xffff;
 constexpr u32 GAVE_UP = 0x10000;
 
-// After a CTA's own segments. Everybody merges its part as soon as all members have arrived. A member that waits too long
-// (the others may not even be running, when something else occupies their SMs) leaves its part to those who see the
-// arrivals complete. The last to arrive always does, so whatever else the GPU does, somebody gets everything done.
-__device__ __forceinline__ void meet_and_merge(const Params& p, Shared& s, const SharedUnit& unit, int lane, int row_group,
-                                               bool rehearsal) {
-    const int member = rehearsal ? 0 : lane - unit.first_lane;
-    const u32 members = unit.members;
+// A member leaves the unit for good; the last one cleans up, as nobody looks at these words again in this launch.
+__device__ __forceinline__ void depart(const Params& p, const SharedUnit& unit, int row_group) {
     u32* arrivals = counter_of(p, unit.first_lane, row_group);
-    bool complete = true, abandoned = false;
-    u32 left_before = 0;
-    if (!rehearsal) {
-        if (threadIdx.x == 0) {
-            const i64 start = clock64();
-            u32 seen = load_acquire(arrivals);
-            while ((seen & ARRIVED) != members) {
-                if (clock64() - start > p.patience) {
-                    *gave_up_word(p, unit, member, row_group) = 1;
-                    seen = atomic_add_acq_rel(arrivals, GAVE_UP);
-                    break;
-                }
-                seen = load_acquire(arrivals);
-            }
-            s.arrivals = seen;
-        }
-        named_barrier<MEET_BARRIER, CONSUMERS>();
-        complete = (s.arrivals & ARRIVED) == members;
-        abandoned = complete && s.arrivals >= GAVE_UP;
-        if (threadIdx.x == 0 && !abandoned) left_before = atomic_add_acq_rel(arrivals + 1, 1);
-    }
-    if (complete)
+    if (atomic_add_acq_rel(arrivals + 1, 1) != u32(unit.members) - 1) return;
+    if (load_acquire(arrivals) >= GAVE_UP)
+        for (int other = 0; other < unit.members; ++other) *gave_up_word(p, unit, other, row_group) = 0;
+    arrivals[0] = arrivals[1] = 0;
+}
+
+// What the coordinator knows of a shared unit, for the consumers.
+__device__ __forceinline__ bool all_arrived(u32 arrivals, const SharedUnit& unit) {
+    return (arrivals & ARRIVED) == u32(unit.members);
+}
+
+// After a CTA's own segments everybody merges its part of a shared unit as soon as all members have arrived. A member that
+// waits too long (the others may not even be running, when something else occupies their SMs) leaves its part to those who
+// see the arrivals complete. The last to arrive always does, so whatever else the GPU does, somebody gets everything done.
+__device__ __forceinline__ void merge_unit(const Params& p, Shared& s, int index, int lane, int row_group, u32& shares_phase) {
+    mbarrier_wait(shared_address(&s.met[index]), 0);
+    const SharedUnit unit = s.shared_units[index];
+    const u32 arrivals = s.arrivals[index];
+    const int member = lane - unit.first_lane;
+    if (!all_arrived(arrivals, unit)) return;
+    const bool abandoned = arrivals >= GAVE_UP;
+    u32 phase = 0;
 #pragma unroll 1
-        for (int part = abandoned ? 0 : member; part < int(members); ++part) {
-            const volatile u32* gave_up = gave_up_word(p, unit, part, row_group);
-            if (part == member || *gave_up) merge_part(p, s, unit, row_group, part, rehearsal);
-            if (!abandoned) break;
-        }
-    if (rehearsal) return;
-    named_barrier<PART_BARRIER, CONSUMERS>();
-    if (threadIdx.x == 0) {
-        if (abandoned) left_before = atomic_add_acq_rel(arrivals + 1, 1);
-        if (left_before == members - 1) {
-            // The last to leave: nobody looks at these words again in this launch.
-            if (load_acquire(arrivals) >= GAVE_UP)
-                for (int other = 0; other < int(members); ++other)
-                    *gave_up_word(p, unit, other, row_group) = 0;
-            arrivals[0] = arrivals[1] = 0;
+    for (int part = abandoned ? 0 : member; part < unit.members; ++part) {
+        const volatile u32* gave_up = gave_up_word(p, unit, part, row_group);
+        if (part == member || *gave_up) {
+            merge_part(p, s, unit, index, row_group, part, shares_phase);
+            if (!abandoned) return;
+            mbarrier_arrive(shared_address(&s.part_done[index]));
+            mbarrier_wait(shared_address(&s.part_done[index]), phase);
+            phase ^= 1;
         }
     }
+    if (threadIdx.x == 0) depart(p, unit, row_group);
 }
 
 // The lanes that share the unit of a segment of `lane`.
@@ -974,49 +1058,72 @@ __device__ __forceinline__ SharedUnit shared_unit(const Params& p, const Start& 
     return {walk.request, walk.pass, first, division.lane_of(walk.unit_begin + walk.unit_tiles - 1) - first + 1};
 }
 
-__device__ __forceinline__ void consume(const Params& p, Shared& s, int lane, int row_group) {
+__device__ __forceinline__ void coordinate(const Params& p, Shared& s, const Start& start, int lane, int row_group) {
+    const int l = threadIdx.x % 32;
+    const ColumnSums& sums = reinterpret_cast<const ColumnSums&>(s.q);
+    int units = 0;
+    u32 phase = 0;
+    for (Walk walk(p, start, lane); walk.active(); walk.next(p, start)) {
+        SharedUnit unit;
+        if (!walk.whole()) unit = shared_unit(p, start, walk, lane);
+        mbarrier_wait(shared_address(&s.sums_full), phase);
+        phase ^= 1;
+        if (!walk.whole()) {
+            const int slot = partial_slot(p, lane, walk.starts(), row_group);
+            for (int n = l; n < ROWS; n += 32)
+                p.partial_stats[slot * ROWS + n] = make_float2(s.statistics.reference[n], column_sum(sums, n));
+            __syncwarp();
+            // The barrier and the warp ordered everyone's partial results before this arrival.
+            if (l == 0) {
+                add_release(counter_of(p, unit.first_lane, row_group), 1);
+                s.shared_units[units] = unit;
+            }
+            ++units;
+        }
+        mbarrier_arrive(shared_address(&s.q_empty));
+    }
+    if (l > 0) return;
+    for (int i = 0; i < units; ++i) {
+        const SharedUnit unit = s.shared_units[i];
+        u32* arrivals = counter_of(p, unit.first_lane, row_group);
+        const i64 begin = clock64();
+        u32 seen = load_acquire(arrivals);
+        while (!all_arrived(seen, unit)) {
+            if (clock64() - begin > p.patience) {
+                *gave_up_word(p, unit, lane - unit.first_lane, row_group) = 1;
+                seen = atomic_add_acq_rel(arrivals, GAVE_UP);
+                break;
+            }
+            seen = load_acquire(arrivals);
+        }
+        s.arrivals[i] = seen;
+        mbarrier_arrive(shared_address(&s.met[i]));
+        // With parts to take over, whoever merges them departs when they are done.
+        if (!all_arrived(seen, unit) || seen < GAVE_UP) depart(p, unit, row_group);
+    }
+}
+
+__device__ __forceinline__ void consume(const Params& p, Shared& s, const Start& start, int lane, int row_group) {
     Consumer c(p, s);
     // A lane shares at most two units: the one it starts in the middle of and the one it does not finish.
     int shared_units = 0;
-    u32 q_phase = 0;
-    // Warpgroup 1 has nothing to do until the second tile is there. It goes through the merge without touching memory, so
-    // that its instructions are at hand when everybody waits for them.
-    bool rehearsal = ROWS <= 32 && c.warpgroup == 1;
-#pragma unroll 1
-    for (;; rehearsal = false) {
-        if (!rehearsal)
-            for (Walk walk(p, s.start, lane); walk.active(); walk.next(p, s.start)) {
-                const RowTile rows = row_tile_of(p, walk.pass, row_group);
-                c.clear_sums();
-                if (c.warpgroup == 0) {
-                    if (threadIdx.x == 0) s.walk = walk;  // out of the way of the accumulators
-                    c.load_queries(walk.request, rows);
-                    copy_wait_all();
-                    fence_async_proxy();
-                    __syncwarp();
-                    if (c.lane == 0) mbarrier_arrive(shared_address(&s.q_full));
-                } else if (!(walk.starts() && walk.ends()) && threadIdx.x == WARPGROUP) {
-                    s.shared_units[shared_units] = shared_unit(p, s.start, walk, lane);
-                }
-                mbarrier_wait(shared_address(&s.q_full), q_phase);
-                q_phase ^= 1;
-                c.clear_output();
-                if (walk.key_tiles() > 0) c.run_tiles(walk, rows.first);
-                walk = s.walk;
-                finish_segment(c, walk, lane, row_group);
-                named_barrier<SEGMENT_BARRIER, CONSUMERS>();
-                if (!(walk.starts() && walk.ends())) {
-                    // The barrier ordered everyone's partial results before this arrival.
-                    if (threadIdx.x == 0) add_release(counter_of(p, s.shared_units[shared_units].first_lane, row_group), 1);
-                    ++shared_units;
-                }
-            }
-#pragma unroll 1
-        for (int i = 0; i < (rehearsal ? 1 : shared_units); ++i)
-            meet_and_merge(p, s, rehearsal ? SharedUnit{0, 0, 0, MERGE_PIECES} : s.shared_units[i], lane, row_group,
-                           rehearsal);
-        if (!rehearsal) break;
+    u32 phase = 0;
+    for (Walk walk(p, start, lane); walk.active(); walk.next(p, start)) {
+        const RowTile rows = row_tile_of(p, walk.request, walk.pass, row_group);
+        if (c.warpgroup == 0) {
+            mbarrier_wait(shared_address(&s.q_empty), phase ^ 1);  // a fresh barrier lets the first wait pass
+            c.load_queries(walk.request, rows);
+        }
+        c.clear();
+        mbarrier_wait(shared_address(&s.q_full), phase);
+        if (walk.key_tiles() > 0) c.run_tiles(walk, rows);
+        finish_segment(c, walk, rows, lane, row_group, phase);
+        shared_units += !walk.whole();
+        phase ^= 1;
     }
+    u32 shares_phase = 0;
+#pragma unroll 1
+    for (int i = 0; i < shared_units; ++i) merge_unit(p, s, i, lane, row_group, shares_phase);
 }
 
 // Grid: lanes * row_groups CTAs; CTA = lane * row_groups + row group. Dynamic shared memory: sizeof(Shared).
@@ -1024,24 +1131,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
     extern __shared__ __align__(1024) unsigned char memory[];
     Shared& s = *reinterpret_cast<Shared*>(memory);
     const int lane = p.by_row_groups(blockIdx.x), row_group = blockIdx.x - lane * p.row_groups;
+    const int warp = uniform(threadIdx.x / 32);
 
-    if (threadIdx.x == CONSUMERS) {
-#pragma unroll 1
-        for (int i = 0; i < SLOTS; ++i) {
-            mbarrier_init(shared_address(&s.chunk_full[i]), 1);
-            mbarrier_init(shared_address(&s.chunk_empty[i]), 4);
-        }
-        for (int w = 0; w < 2; ++w) mbarrier_init(shared_address(&s.p_full[w]), 4);
-        mbarrier_init(shared_address(&s.q_full), 4);
-        mbarrier_init_fence();
-    }
-    if (threadIdx.x / 32 == CONSUMER_WARPS + 1) prefetch_inputs(p, lane);
-    find_start(p, s.start, lane);
-    if (uniform(threadIdx.x / WARPGROUP) == 2) {
+    init_barriers(p, s, warp);
+    if (warp == COORDINATOR_WARP - 1) prefetch_inputs(p, lane);
+    const Start start = find_start(p, lane);
+    __syncthreads();  // the barriers are initialised
+    if (warp >= CONSUMER_WARPS) {
         registers_give_up<PRODUCER_REGISTERS>();
-        produce(p, s, lane);
+        if (warp < COORDINATOR_WARP)
+            produce(p, s, start, lane);
+        else
+            coordinate(p, s, start, lane, row_group);
     } else {
         registers_take<CONSUMER_REGISTERS>();
-        consume(p, s, lane, row_group);
+        consume(p, s, start, lane, row_group);
     }
 }

@@ -8,6 +8,7 @@ are the key, the `Problem` they amount to is the value.
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,45 +33,66 @@ _PAIRS = {latent + rope: (latent, rope) for latent, rope in DIMS}
 class Problem:
     """All that a launch needs to know except addresses. Strides are in elements.
 
-    Equal layouts give the same object, so it can be the key of what is prepared once a problem.
+    Equal layouts give the same object, so it can be the key of what is prepared once a problem. Page lists are the
+    exception: their number of entries changes from step to step and is left to the `Call`.
     """
 
     element: ElementType  # of q, kv_cache and out
     batch: int
-    s_q: int
+    s_q: int  # query tokens of each request, 0 when they are ragged
+    total_q: int  # query tokens of all requests
+    ragged: bool  # q and the outputs have no batch dim; cu_seqlens_q tells the requests apart
     heads: int
     latent_dim: int
     rope_dim: int
     num_pages: int
     page_size: int
-    max_pages: int  # columns of block_table
+    csr: bool  # pages are listed one request after the other, instead of in a table
+    max_pages: int  # columns of block_table, 0 when csr
     device_type: str  # "cuda" or "cpu"
     device: int
     split_q: bool
     split_cache: bool
-    q_strides: tuple[int, int, int]  # batch, query, head; of the latent part
+    q_strides: tuple[int, int, int]  # batch (0 when ragged), query, head; of the latent part
     q_rope_strides: tuple[int, int, int]
     cache_strides: tuple[int, int]  # page, token; of the latent part
     cache_rope_strides: tuple[int, int]
-    block_table_stride: int  # between requests
+    block_table_stride: int  # between requests, 0 when csr
     cache_seqlens_stride: int
-    out_strides: tuple[int, int, int]  # batch, query, head
-    lse_strides: tuple[int, int, int]  # batch, head, query
+    out_strides: tuple[int, int, int]  # batch (0 when ragged), query, head
+    lse_strides: tuple[int, int, int]  # batch (0 when ragged), head, query
 
     @property
-    def out_shape(self) -> tuple[int, int, int, int]:
-        return (self.batch, self.s_q, self.heads, self.latent_dim)
+    def out_shape(self) -> tuple[int, ...]:
+        tokens = (self.total_q,) if self.ragged else (self.batch, self.s_q)
+        return (*tokens, self.heads, self.latent_dim)
 
     @property
-    def lse_shape(self) -> tuple[int, int, int]:
-        return (self.batch, self.heads, self.s_q)
+    def lse_shape(self) -> tuple[int, ...]:
+        return (self.heads, self.total_q) if self.ragged else (self.batch, self.heads, self.s_q)
+
+    @property
+    def typical_rows(self) -> int:
+        """Query rows (token * heads + head) of a request; of ragged ones what the host knows: the mean, rounded up."""
+        s_q = -(-self.total_q // self.batch) if self.ragged else self.s_q
+        return s_q * self.heads
+
+
+class LseForm(NamedTuple):
+    """How log-sum-exps are written; libraries differ."""
+
+    factor: float  # of the logarithm to base 2
+    no_key: float  # what a query that sees no key gets
+
+
+NATURAL = LseForm(math.log(2), -math.inf)
 
 
 class Call(NamedTuple):
     """A validated call: its problem, the addresses of the inputs, and the arrays they came from.
 
     A packed array's rope part begins `latent_dim` elements after its latent part. Without `out` or `lse`, the
-    problem's strides are those of a contiguous array still to be made.
+    problem's strides are those of a contiguous array still to be made. Addresses of what was not given are 0.
     """
 
     problem: Problem
@@ -78,14 +100,20 @@ class Call(NamedTuple):
     q_rope: int
     cache_latent: int
     cache_rope: int
-    block_table: int
+    block_table: int  # of the page list when csr
     cache_seqlens: int
+    cu_seqlens_q: int
+    page_indptr: int
+    page_count: int  # entries of the page list, 0 without one
     q: tuple[Array, ...]  # one packed array, or (latent, rope)
     kv_cache: tuple[Array, ...]
-    table: Array
+    table: Array  # (b, max_pages), or the page list
     lengths: Array
+    starts: Array | None  # cu_seqlens_q
+    indptr: Array | None  # page_indptr
     out: Array | None
     lse: Array | None
+    lse_form: LseForm
 
 
 _problems: dict[tuple[Any, ...], Problem] = {}
@@ -100,6 +128,8 @@ def check(
     causal: bool,
     out: Any = None,
     lse: Any = None,
+    cu_seqlens_q: Any = None,
+    lse_form: LseForm = NATURAL,
 ) -> Call:
     """Validate the arguments of mla_decode, all but the values that may lie on a GPU.
 
@@ -111,8 +141,16 @@ def check(
         raise ArgumentTypeError("causal", repr(causal), "True or False")
     q_arrays = _describe_parts(q, "q")
     cache_arrays = _describe_parts(kv_cache, "kv_cache")
-    table = describe(block_table, "block_table")
+    if isinstance(block_table, (tuple, list)):
+        table, indptr = _describe_page_list(block_table)
+        page_indptr, page_count = indptr.pointer, table.layout.shape[0] if table.layout.shape else 0
+        table_key: Any = _page_list_key(table.layout)
+    else:
+        table, indptr = describe(block_table, "block_table"), None
+        page_indptr = page_count = 0
+        table_key = table.layout
     lengths = describe(cache_seqlens, "cache_seqlens")
+    starts = None if cu_seqlens_q is None else describe(cu_seqlens_q, "cu_seqlens_q")
     out_array = None if out is None else describe(out, "out")
     lse_array = None if lse is None else describe(lse, "lse")
 
@@ -124,15 +162,17 @@ def check(
         q_rope.layout,
         cache_latent.layout,
         cache_rope.layout,
-        table.layout,
+        table_key,
+        None if indptr is None else indptr.layout,
         lengths.layout,
+        None if starts is None else starts.layout,
         None if out_array is None else out_array.layout,
         None if lse_array is None else lse_array.layout,
     )
     problem = _problems.get(key)
     if problem is None:
         q_layouts, cache_layouts = [a.layout for a in q_arrays], [a.layout for a in cache_arrays]
-        problem = _check_layouts(q_layouts, cache_layouts, *key[5:])
+        problem = _check_layouts(q_layouts, cache_layouts, table.layout, *key[6:])
         remember(_problems, key, problem)
 
     call = Call(
@@ -143,17 +183,23 @@ def check(
         cache_rope.pointer if problem.split_cache else cache_latent.pointer + problem.latent_dim * ELEMENT_BYTES,
         table.pointer,
         lengths.pointer,
+        0 if starts is None else starts.pointer,
+        page_indptr,
+        page_count,
         q_arrays,
         cache_arrays,
         table,
         lengths,
+        starts,
+        indptr,
         out_array,
         lse_array,
+        lse_form,
     )
     if (
         (q_latent.pointer | q_rope.pointer) % ELEMENT_BYTES
         or (cache_latent.pointer | cache_rope.pointer) % CACHE_ALIGNMENT
-        or (table.pointer | lengths.pointer) % 4
+        or (table.pointer | lengths.pointer | call.cu_seqlens_q | page_indptr) % 4
     ):
         _refuse_alignment(call)
     if out_array is not None and (out_array.pointer % OUT_ALIGNMENT or not _writeable(out_array)):
@@ -182,12 +228,18 @@ def with_queries(call: Call, q: Any) -> Call:
         call.cache_rope,
         call.block_table,
         call.cache_seqlens,
+        call.cu_seqlens_q,
+        call.page_indptr,
+        call.page_count,
         arrays,
         call.kv_cache,
         call.table,
         call.lengths,
+        call.starts,
+        call.indptr,
         call.out,
         call.lse,
+        call.lse_form,
     )
     if (latent | rope) % ELEMENT_BYTES:
         _refuse_alignment(other)
@@ -206,35 +258,70 @@ def check_inputs(
     *,
     softmax_scale: float,
     causal: bool = True,
+    cu_seqlens_q: Any = None,
     out: Any = None,
     lse: Any = None,
     return_lse: bool = False,
 ) -> None:
-    """Check the arguments of `mla_decode`, and the lengths and table entries as well; for debugging.
+    """Check the arguments of `mla_decode`, and the lengths, offsets and table entries as well; for debugging.
 
-    Takes what `mla_decode` takes, computes nothing and returns None. Lengths and tables that lie on a GPU are
-    copied to the host, which waits for the work of their library's current stream.
+    Takes what `mla_decode` takes, computes nothing and returns None. Lengths, offsets and tables that lie on a GPU
+    are copied to the host, which waits for the work of their library's current stream.
 
     Raises ArgumentError or ArgumentTypeError that names the first argument, request or table entry that is wrong.
     """
     if return_lse is not True and return_lse is not False:
         raise ArgumentTypeError("return_lse", repr(return_lse), "True or False")
-    check_values(check(q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, out, lse))
+    call = check(q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, out, lse, cu_seqlens_q)
+    check_values(call)
+    if call.starts is not None:
+        _check_ends(to_host(call.starts).tolist(), call.problem)
 
 
 def check_values(call: Call) -> None:
-    """Check that every length fits its row of the table and every entry in use is a page; copies both to the host."""
+    """Check what `check` cannot see; copies lengths, offsets and the table to the host.
+
+    Every length has to fit its pages, every entry in use has to be a page, and offsets must not fall or leave the array
+    they point into. Queries may be left over after the last request; nobody computes them.
+    """
     problem = call.problem
-    table = to_host(call.table)
-    most = problem.max_pages * problem.page_size
+    if call.starts is not None:
+        _check_offsets(to_host(call.starts).tolist(), "cu_seqlens_q", problem.total_q, "query tokens")
+    table, indptr = to_host(call.table), None
+    if call.indptr is not None:
+        indptr = to_host(call.indptr).tolist()
+        _check_offsets(indptr, "block_table[1]", call.page_count, "page indices")
     for request, length in enumerate(to_host(call.lengths).tolist()):
+        pages = table[request] if indptr is None else table[indptr[request] : indptr[request + 1]]
+        most = len(pages) * problem.page_size
         if not 0 <= length <= most:
-            raise ArgumentError(f"cache_seqlens[{request}]", str(length), f"0 ... {most} (max_pages * page_size)")
-        used = table[request, : -(-length // problem.page_size)]
+            count = "max_pages" if indptr is None else f"{len(pages)} pages"
+            raise ArgumentError(f"cache_seqlens[{request}]", str(length), f"0 ... {most} ({count} * page_size)")
+        used = pages[: -(-length // problem.page_size)]
         wrong = ((used < 0) | (used >= problem.num_pages)).nonzero()[0]
         if wrong.size:
-            name = f"block_table[{request}, {wrong[0]}]"
-            raise ArgumentError(name, str(used[wrong[0]]), f"0 ... {problem.num_pages - 1} (num_pages - 1)")
+            first = int(wrong[0])
+            entry = f"[{request}, {first}]" if indptr is None else f"[0][{indptr[request] + first}]"
+            accepted = f"0 ... {problem.num_pages - 1} (num_pages - 1)"
+            raise ArgumentError(f"block_table{entry}", str(used[first]), accepted)
+
+
+def _check_offsets(offsets: list[int], name: str, size: int, what: str) -> None:
+    """Check that offsets into an array of `size` elements do not fall."""
+    least = 0
+    for index, offset in enumerate(offsets):
+        if not least <= offset <= size:
+            raise ArgumentError(f"{name}[{index}]", str(offset), f"{least} ... {size} ({what})")
+        least = offset
+
+
+def _check_ends(offsets: list[int], problem: Problem) -> None:
+    """Check that the requests have all queries between them."""
+    if offsets[0] != 0:
+        raise ArgumentError("cu_seqlens_q[0]", str(offsets[0]), "0")
+    if offsets[-1] != problem.total_q:
+        accepted = f"{problem.total_q} (query tokens)"
+        raise ArgumentError(f"cu_seqlens_q[{problem.batch}]", str(offsets[-1]), accepted)
 
 
 def _describe_parts(x: Any, name: str) -> tuple[Array, ...]:
@@ -243,6 +330,18 @@ def _describe_parts(x: Any, name: str) -> tuple[Array, ...]:
     if len(x) != 2:
         raise ArgumentTypeError(name, f"{type(x).__name__} of {len(x)}", "one array or the pair (latent, rope)")
     return (describe(x[0], f"{name}[0]"), describe(x[1], f"{name}[1]"))
+
+
+def _describe_page_list(x: tuple[Any, ...] | list[Any]) -> tuple[Array, Array]:
+    if len(x) != 2:
+        accepted = "one array or the pair (page_indices, page_indptr)"
+        raise ArgumentTypeError("block_table", f"{type(x).__name__} of {len(x)}", accepted)
+    return describe(x[0], "block_table[0]"), describe(x[1], "block_table[1]")
+
+
+def _page_list_key(indices: Layout) -> tuple[Any, ...]:
+    """What a problem depends on of a page list: all but the number of entries."""
+    return indices.dtype, indices.device_type, indices.device, indices.strides, indices.shape > (1,)
 
 
 def _check_scale(scale: Any) -> None:
@@ -259,33 +358,41 @@ def _check_layouts(
     q: list[Layout],
     cache: list[Layout],
     table: Layout,
+    indptr: Layout | None,
     lengths: Layout,
+    starts: Layout | None,
     out: Layout | None,
     lse: Layout | None,
 ) -> Problem:
-    batch, s_q, heads, latent_dim, rope_dim = _check_q(q)
+    ragged = starts is not None
+    tokens, heads, latent_dim, rope_dim = _check_q(q, ragged)
     num_pages, page_size = _check_cache(cache, latent_dim, rope_dim, like=q[0])
-    _check_type(table, "block_table", "int32", like=q[0])
-    if len(table.shape) != 2 or table.shape[0] != batch:
-        raise ArgumentError("block_table", f"shape {table.shape}", f"({batch}, max_pages); q has batch {batch}")
-    if table.shape[1] > 1:
-        _check_contiguous(table, "block_table")
+    if starts is None:
+        batch, s_q = tokens
+        source = f"q has batch {batch}"
+    else:
+        batch, s_q = _check_starts(starts, tokens[0], like=q[0]), 0
+        source = f"cu_seqlens_q has {batch} requests"
+    if indptr is None:
+        _check_table(table, batch, source, like=q[0])
+    else:
+        _check_page_list(table, indptr, batch, source, like=q[0])
     _check_type(lengths, "cache_seqlens", "int32", like=q[0])
     if lengths.shape != (batch,):
-        raise ArgumentError("cache_seqlens", f"shape {lengths.shape}", f"({batch},); q has batch {batch}")
+        raise ArgumentError("cache_seqlens", f"shape {lengths.shape}", f"({batch},); {source}")
 
     out_strides: tuple[int, ...] = (s_q * heads * latent_dim, heads * latent_dim, latent_dim)
-    lse_strides: tuple[int, ...] = (heads * s_q, s_q, 1)
+    lse_strides: tuple[int, ...] = (0, tokens[0], 1) if ragged else (heads * s_q, s_q, 1)
     if out is not None:
         _check_type(out, "out", q[0].dtype, like=q[0])
-        _check_output_shape(out, "out", (batch, s_q, heads, latent_dim))
+        _check_output_shape(out, "out", (*tokens, heads, latent_dim))
         _check_contiguous(out, "out")
         _check_strides(out, "out", OUT_ALIGNMENT)
-        out_strides = out.strides[:3]
+        out_strides = _token_strides(out, ragged)
     if lse is not None:
         _check_type(lse, "lse", "float32", like=q[0])
-        _check_output_shape(lse, "lse", (batch, heads, s_q))
-        lse_strides = lse.strides
+        _check_output_shape(lse, "lse", (heads, *tokens) if ragged else (batch, heads, s_q))
+        lse_strides = (0, *lse.strides) if ragged else lse.strides
 
     # One page has no stride of its own; whatever was given, it gets one that the copy engine accepts.
     cache_strides = [c.strides[:2] if num_pages > 1 else (page_size * c.strides[1], c.strides[1]) for c in cache]
@@ -293,29 +400,32 @@ def _check_layouts(
         element=q[0].dtype,  # type: ignore[arg-type]  # one of ELEMENT_TYPES: _check_q saw to it
         batch=batch,
         s_q=s_q,
+        total_q=math.prod(tokens),
+        ragged=ragged,
         heads=heads,
         latent_dim=latent_dim,
         rope_dim=rope_dim,
         num_pages=num_pages,
         page_size=page_size,
-        max_pages=table.shape[1],
+        csr=indptr is not None,
+        max_pages=table.shape[1] if indptr is None else 0,
         device_type=q[0].device_type,
         device=q[0].device,
         split_q=len(q) == 2,
         split_cache=len(cache) == 2,
-        q_strides=_three(q[0].strides),
-        q_rope_strides=_three(q[-1].strides),
+        q_strides=_token_strides(q[0], ragged),
+        q_rope_strides=_token_strides(q[-1], ragged),
         cache_strides=(cache_strides[0][0], cache_strides[0][1]),
         cache_rope_strides=(cache_strides[-1][0], cache_strides[-1][1]),
-        block_table_stride=table.strides[0],
+        block_table_stride=table.strides[0] if indptr is None else 0,
         cache_seqlens_stride=lengths.strides[0],
         out_strides=_three(out_strides),
         lse_strides=_three(lse_strides),
     )
 
 
-def _check_q(q: list[Layout]) -> tuple[int, int, int, int, int]:
-    """Check q, return (batch, s_q, heads, latent_dim, rope_dim)."""
+def _check_q(q: list[Layout], ragged: bool) -> tuple[tuple[int, ...], int, int, int]:
+    """Check q, return ((batch, s_q) or when ragged (total_q,), heads, latent_dim, rope_dim)."""
     names = _part_names("q", q)
     first = q[0]
     if first.device_type not in ("cuda", "cpu"):
@@ -324,19 +434,53 @@ def _check_q(q: list[Layout]) -> tuple[int, int, int, int, int]:
         raise ArgumentError(names[0], f"dtype {first.dtype}", " or ".join(ELEMENT_TYPES))
     for layout, name in zip(q, names):
         _check_type(layout, name, first.dtype, like=first)
-        if len(layout.shape) != 4:
-            raise ArgumentError(name, f"shape {layout.shape}", "four dims, (batch, s_q, heads, dim)")
-    if len(q) == 2 and q[1].shape[:3] != first.shape[:3]:
-        raise ArgumentError(names[1], f"shape {q[1].shape}", f"{(*first.shape[:3], 'rope')}, as q[0]")
-    latent_dim, rope_dim = _check_dims([layout.shape[3] for layout in q], names)
+        if len(layout.shape) != (3 if ragged else 4):
+            batched, flat = "four dims, (batch, s_q, heads, dim)", "three, (total_q, heads, dim), with cu_seqlens_q"
+            raise ArgumentError(name, f"shape {layout.shape}", flat if ragged else f"{batched}, or {flat}")
+    if len(q) == 2 and q[1].shape[:-1] != first.shape[:-1]:
+        raise ArgumentError(names[1], f"shape {q[1].shape}", f"{(*first.shape[:-1], 'rope')}, as q[0]")
+    latent_dim, rope_dim = _check_dims([layout.shape[-1] for layout in q], names)
     for layout, name in zip(q, names):
         _check_contiguous(layout, name)
-    batch, s_q, heads = first.shape[:3]
-    if s_q < 1:
+    *tokens, heads = first.shape[:-1]
+    if not ragged and tokens[1] < 1:
         raise ArgumentError(names[0], f"shape {first.shape}", "at least one query token (dim 1)")
     if not 1 <= heads <= MAX_HEADS:
-        raise ArgumentError(names[0], f"{heads} heads (dim 2 of shape {first.shape})", f"1 ... {MAX_HEADS} heads")
-    return batch, s_q, heads, latent_dim, rope_dim
+        given = f"{heads} heads (dim {len(tokens)} of shape {first.shape})"
+        raise ArgumentError(names[0], given, f"1 ... {MAX_HEADS} heads")
+    return tuple(tokens), heads, latent_dim, rope_dim
+
+
+def _check_starts(starts: Layout, total_q: int, like: Layout) -> int:
+    """Check cu_seqlens_q, return the number of requests."""
+    _check_type(starts, "cu_seqlens_q", "int32", like)
+    if len(starts.shape) != 1 or starts.shape[0] < 1:
+        raise ArgumentError("cu_seqlens_q", f"shape {starts.shape}", "(b + 1,)")
+    if starts.shape[0] == 1 and total_q:
+        raise ArgumentError("cu_seqlens_q", f"shape {starts.shape}", f"(b + 1,) with b > 0; q has {total_q} tokens")
+    if starts.shape[0] > 1:
+        _check_contiguous(starts, "cu_seqlens_q")
+    return starts.shape[0] - 1
+
+
+def _check_table(table: Layout, batch: int, source: str, like: Layout) -> None:
+    _check_type(table, "block_table", "int32", like)
+    if len(table.shape) != 2 or table.shape[0] != batch:
+        raise ArgumentError("block_table", f"shape {table.shape}", f"({batch}, max_pages); {source}")
+    if table.shape[1] > 1:
+        _check_contiguous(table, "block_table")
+
+
+def _check_page_list(indices: Layout, indptr: Layout, batch: int, source: str, like: Layout) -> None:
+    """Check a block_table in CSR form; nothing of `indices` that `_page_list_key` leaves out may matter."""
+    for layout, name in ((indices, "block_table[0]"), (indptr, "block_table[1]")):
+        _check_type(layout, name, "int32", like)
+        if len(layout.shape) != 1:
+            raise ArgumentError(name, f"shape {layout.shape}", "one dim")
+        if layout.shape[0] > 1:
+            _check_contiguous(layout, name)
+    if indptr.shape != (batch + 1,):
+        raise ArgumentError("block_table[1]", f"shape {indptr.shape}", f"({batch + 1},); {source}")
 
 
 def _check_cache(cache: list[Layout], latent_dim: int, rope_dim: int, like: Layout) -> tuple[int, int]:
@@ -416,6 +560,11 @@ def _part_names(name: str, parts: Sequence[Layout | Array]) -> list[str]:
     return [name] if len(parts) == 1 else [f"{name}[0]", f"{name}[1]"]
 
 
+def _token_strides(layout: Layout, ragged: bool) -> tuple[int, int, int]:
+    """Strides of (batch, query, head) of q or out; requests of ragged ones have none between them."""
+    return _three((0, *layout.strides) if ragged else layout.strides)
+
+
 def _three(strides: tuple[int, ...]) -> tuple[int, int, int]:
     return strides[0], strides[1], strides[2]
 
@@ -431,7 +580,10 @@ def _refuse_alignment(call: Call) -> NoReturn:
     candidates = [(name, array, ELEMENT_BYTES) for name, array in zip(_part_names("q", call.q), call.q)]
     cache_names = _part_names("kv_cache", call.kv_cache)
     candidates += [(name, array, CACHE_ALIGNMENT) for name, array in zip(cache_names, call.kv_cache)]
-    candidates += [("block_table", call.table, 4), ("cache_seqlens", call.lengths, 4)]
+    table_name = "block_table[0]" if call.problem.csr else "block_table"
+    candidates += [(table_name, call.table, 4), ("cache_seqlens", call.lengths, 4)]
+    offsets = (("cu_seqlens_q", call.starts), ("block_table[1]", call.indptr))
+    candidates += [(name, array, 4) for name, array in offsets if array is not None]
     name, array, alignment = next(c for c in candidates if c[1].pointer % c[2])
     raise ArgumentError(name, f"address {array.pointer:#x}", f"a multiple of {alignment} bytes")
 

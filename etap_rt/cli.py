@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)
-    except EtapError as error:
+    except (EtapError, OSError) as error:
         print(f"etap-rt: {error}", file=sys.stderr)
         return 1
     return status
@@ -200,12 +200,20 @@ def _cache(options: argparse.Namespace) -> int:
     directory = compiler.cache_directory()
     cleared = compiler.clear_cache() if options.clear else None
     entries = compiler.cache_entries()
+    problem = compiler.cache_problem()
     if options.json:
         kernels = [
             {"kernel": e.spec, "arch": e.arch, "path": str(e.path), "bytes": e.size_bytes, "seconds": e.seconds}
             for e in entries
         ]
-        _print_json({"directory": str(directory) if directory else None, "deleted_files": cleared, "kernels": kernels})
+        _print_json(
+            {
+                "directory": str(directory) if directory else None,
+                "problem": problem or None,
+                "deleted_files": cleared,
+                "kernels": kernels,
+            }
+        )
         return 0
     console = _console()
     if cleared is not None:
@@ -217,6 +225,8 @@ def _cache(options: argparse.Namespace) -> int:
         console.print(table)
     where = f"in {directory}" if directory else "and no place for any; set " + compiler.CACHE_VARIABLE
     console.print(f"{len(entries)} kernels {where}.", markup=False)
+    if problem and directory:
+        console.print(f"No more can be kept: {problem}.", markup=False)
     return 0
 
 

@@ -2,14 +2,8 @@
 
 NVRTC needs neither a GPU nor a driver, so everything but `load` works on any machine.
 
-The disk cache is a flat directory. A kernel has two files in it, both written to a temporary name and renamed
-into place, so readers and racing writers only ever see whole files:
-
-    <key>.json               what was compiled, NVRTC's log and the name of the cubin, under a checksum
-    <entry>-<sha256>.cubin   the machine code, named by its own content
-
-The key covers everything that decides the machine code: the source with every header it includes, the
-options, the architecture and NVRTC's version.
+Machine code is kept on disk (disk_cache.py) under a key that covers everything that decides it: the source with
+every header it includes, the options, the architecture and NVRTC's version.
 """
 
 from __future__ import annotations
@@ -19,20 +13,26 @@ import json
 import multiprocessing
 import os
 import re
-import secrets
 import threading
 import time
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from etap_rt import driver
-from etap_rt.errors import CompileError, EtapError, UnsupportedError
+from etap_rt import disk_cache, driver
+from etap_rt.disk_cache import CACHE_VARIABLE as CACHE_VARIABLE  # the cache's own names, for users of the compiler
+from etap_rt.disk_cache import CacheEntry as CacheEntry
+from etap_rt.disk_cache import cache_directory as cache_directory
+from etap_rt.disk_cache import cache_entries as cache_entries
+from etap_rt.disk_cache import cache_problem as cache_problem
+from etap_rt.disk_cache import clear_cache as clear_cache
+from etap_rt.errors import ArgumentError, ArgumentTypeError, CompileError, EtapError, UnsupportedError
 from etap_rt.kernels import KernelSpec
 
 if TYPE_CHECKING:
@@ -41,11 +41,10 @@ if TYPE_CHECKING:
 ARCH = "sm_90a"
 COMPUTE_CAPABILITY = (9, 0)
 OLDEST_NVRTC = (12, 3)
-CACHE_VARIABLE = "ETAP_RT_CACHE_DIR"
-_CACHE_FORMAT = 1  # part of every key: raise it when the files' layout or meaning changes
+_CACHE_FORMAT = 2  # part of every key: raise it when the files' layout or meaning changes
 
+SOURCE_SUFFIXES = (".cu", ".cuh", ".h", ".hpp")
 _INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*["<]([^">\n]+)[">]', re.MULTILINE)
-_CACHE_FILE = re.compile(r"[0-9a-f]{64}\.json|\w+-[0-9a-f]{64}\.cubin|\.tmp-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,22 +87,48 @@ class _Job:
 
 
 @dataclass(frozen=True, slots=True)
-class CacheEntry:
-    """A kernel in the disk cache."""
+class _Replacements:
+    """Sources that stand in for shipped ones, as they were when `kernel_sources` was entered."""
 
-    spec: str
-    arch: str
-    path: Path  # of the cubin
-    size_bytes: int
-    seconds: float  # that NVRTC took
+    directory: Path
+    sha256: str  # of all files
+    files: dict[str, bytes] = field(repr=False, compare=False)  # by path from the top of the directory
 
 
 _compiled: dict[str, Compiled] = {}  # by key
 _compiling: dict[str, threading.Lock] = {}  # by key
-_loaded: dict[tuple[KernelSpec, int], driver.Kernel] = {}
+_loaded: dict[tuple[KernelSpec, int, Hashable], driver.Kernel] = {}
 _loading = threading.Lock()
 _opening_nvrtc = threading.Lock()
-_warned = False
+_replacements: ContextVar[_Replacements | None] = ContextVar("etap_rt.kernel_sources", default=None)
+
+# What tells apart kernels of one spec: None outside of `kernel_sources`, within it the directory and its contents.
+# Belongs into the key of whatever remembers a kernel. It is the getter itself, because it is on the path of every call.
+source_key: Callable[[], Hashable] = _replacements.get
+
+
+@contextmanager
+def kernel_sources(directory: str | os.PathLike[str]) -> Iterator[None]:
+    """Within, kernels are compiled from CUDA sources of your own, to try out a change without touching the package.
+
+    Args:
+        directory: laid out as the package's `cuda_src`. A file in it (.cu, .cuh, .h, .hpp) replaces the shipped one of
+            the same relative path, or is new, for the others to include by that path; everything else comes from the
+            shipped sources. Files are read on entering: edits count from the next `with` on.
+
+    Kernels are kept in memory and in the disk cache as shipped ones are, each under the contents it was made of. The
+    compiler's messages and profilers name your files and lines. It holds for the calls of this thread (or asyncio
+    task) between entering and leaving; where two are nested, the inner one counts alone. A CUDA graph replays the
+    kernels that it was captured with.
+
+    Raises ArgumentTypeError if `directory` is no path, ArgumentError if it is no directory or replaces nothing. A
+    source that does not compile raises CompileError with the log, from the call that needs the kernel.
+    """
+    token = _replacements.set(_read_replacements(directory))
+    try:
+        yield
+    finally:
+        _replacements.reset(token)
 
 
 def load(spec: KernelSpec, device: int) -> driver.Kernel:
@@ -111,14 +136,15 @@ def load(spec: KernelSpec, device: int) -> driver.Kernel:
 
     Raises UnsupportedError when the GPU is not a Hopper, CompileError when the source is refused.
     """
-    kernel = _loaded.get((spec, device))
+    key = (spec, device, source_key())
+    kernel = _loaded.get(key)
     if kernel is None:
         with _loading:
-            kernel = _loaded.get((spec, device))
+            kernel = _loaded.get(key)
             if kernel is None:
                 require_hopper(device)
                 kernel = driver.load_kernel(compile_spec(spec).cubin, spec.entry, device)
-                _loaded[spec, device] = kernel
+                _loaded[key] = kernel
     return kernel
 
 
@@ -211,41 +237,6 @@ def nvrtc_version() -> tuple[int, int]:
     return major, minor
 
 
-def cache_directory() -> Path | None:
-    """Where compiled kernels are kept: ETAP_RT_CACHE_DIR if set, else in the user's cache directory.
-
-    It need not exist yet. None when the user has no such directory (no home, for one).
-    """
-    configured = os.environ.get(CACHE_VARIABLE)
-    if configured:
-        return Path(configured).expanduser().absolute()
-    import platformdirs
-
-    directory = platformdirs.user_cache_path("etap_rt", appauthor=False)
-    return directory if directory.is_absolute() else None
-
-
-def cache_entries() -> list[CacheEntry]:
-    """The kernels in the disk cache that are whole, sorted by name."""
-    entries = []
-    for path in _cache_files():
-        record = _read_record(path) if path.suffix == ".json" else None
-        cubin = _read_cubin(path.parent, record) if record else None
-        if record and cubin is not None:
-            entries.append(
-                CacheEntry(record["spec"], record["arch"], path.parent / record["cubin"], len(cubin), record["seconds"])
-            )
-    return sorted(entries, key=lambda entry: (entry.spec, entry.arch, entry.path.name))
-
-
-def clear_cache() -> int:
-    """Delete every file of the disk cache, broken ones included and others left alone. Returns how many."""
-    files = list(_cache_files())
-    for path in files:
-        path.unlink(missing_ok=True)
-    return len(files)
-
-
 def _nvrtc() -> Any:
     """CuPy's binding of NVRTC."""
     needed = "CuPy and NVRTC, from pip install 'etap-rt[cuda13]' or 'etap-rt[cuda12]'"
@@ -267,35 +258,69 @@ def _job(spec: KernelSpec, arch: str) -> _Job:
     defines = (f"-D{name}={value}" for name, value in spec.defines)
     # Line numbers, for profilers, change nothing in the machine code.
     options = (f"-arch={arch}", "-std=c++17", "-default-device", "-lineinfo", "--ptxas-options=-v", *defines)
-    source, headers = _read_sources(source_directory(), spec.source)
+    source, headers = _read_sources(spec.source)
     return _Job(_key(spec, options, nvrtc_version(), source, headers), spec, arch, options, source, headers)
 
 
-def _read_sources(directory: Traversable, name: str) -> tuple[bytes, dict[str, bytes]]:
+def _read_sources(name: str) -> tuple[bytes, dict[str, bytes]]:
     """A source file, and every header of ours that it includes, directly or not, by name.
 
     NVRTC gets the headers from memory, so that the package may lie in a zip file. It knows each by the words of
-    the #include alone, which therefore always give the path from the top of `directory`. Other headers are left
+    the #include alone, which therefore always give the path from the top of the directory. Other headers are left
     for NVRTC to know or to complain about.
     """
-    source = (directory / name).read_bytes()
+    source = _read_source(name)
+    if source is None:
+        raise EtapError(f"there is no {name} in {source_directory()}")
     headers: dict[str, bytes] = {}
     pending = [source]
     while pending:
-        for include in (match.decode() for match in _INCLUDE.findall(pending.pop())):
-            if include not in headers and (directory / include).is_file():
-                headers[include] = (directory / include).read_bytes()
-                pending.append(headers[include])
+        for include in (match.decode(errors="replace") for match in _INCLUDE.findall(pending.pop())):
+            if include not in headers and (header := _read_source(include)) is not None:
+                headers[include] = header
+                pending.append(header)
     return source, headers
+
+
+def _read_source(name: str) -> bytes | None:
+    """A source or header by its path from the top; None when there is no such file of ours."""
+    replacements = _replacements.get()
+    if replacements is not None and name in replacements.files:
+        # With the file's own name in place of `name`, messages and line tables lead to it.
+        path = json.dumps(str(replacements.directory / name), ensure_ascii=False)
+        return f"#line 1 {path}\n".encode() + replacements.files[name]
+    shipped = source_directory() / name
+    return shipped.read_bytes() if shipped.is_file() else None
+
+
+def _read_replacements(directory: str | os.PathLike[str]) -> _Replacements:
+    try:
+        top = Path(directory).absolute()
+    except TypeError as error:
+        raise ArgumentTypeError("directory", repr(directory), "a path") from error
+    if not top.is_dir():
+        raise ArgumentError("directory", str(top), "a directory that exists")
+    paths = sorted(path for path in top.rglob("*") if path.suffix in SOURCE_SUFFIXES and path.is_file())
+    files = {path.relative_to(top).as_posix(): path.read_bytes() for path in paths}
+    shipped = source_directory()
+    if not any((shipped / name).is_file() for name in files):
+        given = f"{top}, with {', '.join(files) or 'no sources'}"
+        raise ArgumentError("directory", given, f"one with a file named as one of the sources in {shipped}")
+    return _Replacements(top, _digest(part for name, text in files.items() for part in (name.encode(), text)), files)
 
 
 def _key(
     spec: KernelSpec, options: tuple[str, ...], version: tuple[int, int], source: bytes, headers: dict[str, bytes]
 ) -> str:
-    """The cache key. Lengths go in before contents, so that no two inputs run together to the same bytes."""
+    """The cache key."""
     parts = [repr((_CACHE_FORMAT, spec.source, spec.entry, options, tuple(version))).encode(), source]
     for include, text in sorted(headers.items()):
         parts += [include.encode(), text]
+    return _digest(parts)
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    """SHA-256. Lengths go in before contents, so that no two lists of parts run together to the same bytes."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
@@ -321,7 +346,9 @@ def _compile(job: _Job) -> Compiled:
     nvrtc = _nvrtc()
     start = time.perf_counter()
     names = tuple(name.encode() for name in job.headers)
-    program = nvrtc.createProgram(job.source.decode(), job.spec.source, tuple(job.headers.values()), names)
+    program = nvrtc.createProgram(
+        job.source.decode(errors="replace"), job.spec.source, tuple(job.headers.values()), names
+    )
     try:
         try:
             nvrtc.compileProgram(program, job.options)
@@ -343,88 +370,24 @@ def _count_wgmma(ptx: bytes) -> tuple[tuple[str, int], ...]:
 
 
 def _read_entry(job: _Job) -> Compiled | None:
-    """The kernel from disk; None when it is not there, cut off or changed since it was written."""
-    directory = cache_directory()
-    record = _read_record(directory / f"{job.key}.json") if directory else None
-    cubin = _read_cubin(directory, record) if directory and record else None
-    if directory is None or record is None or cubin is None:
+    """The kernel from disk."""
+    found = disk_cache.find(job.key)
+    if found is None:
         return None
+    record = found.record
     wgmma = tuple((shape, count) for shape, count in record["wgmma"])
-    path = directory / record["cubin"]
-    return Compiled(job.spec, job.arch, cubin, path, record["log"], wgmma, record["seconds"], from_cache=True)
+    return Compiled(
+        job.spec, job.arch, found.cubin, found.path, record["log"], wgmma, record["seconds"], from_cache=True
+    )
 
 
 def _write_entry(key: str, compiled: Compiled) -> Path | None:
-    """Keep the kernel on disk and return the cubin's path; None, after a warning, if that is not possible."""
-    directory = cache_directory()
-    if directory is None:
-        _warn_once("there is no user cache directory")
-        return None
-    sha256 = hashlib.sha256(compiled.cubin).hexdigest()
-    path = directory / f"{compiled.spec.entry}-{sha256}.cubin"
+    """Keep the kernel on disk and return the cubin's path, if that is possible."""
     record = {
         "spec": str(compiled.spec),
         "arch": compiled.arch,
-        "cubin": path.name,
-        "sha256": sha256,
         "wgmma": compiled.wgmma,
         "seconds": compiled.seconds,
         "log": compiled.log,
     }
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _write_file(path, compiled.cubin)
-        _write_file(directory / f"{key}.json", json.dumps({"checksum": _checksum(record), "record": record}).encode())
-    except OSError as error:
-        _warn_once(str(error))
-        return None
-    return path
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _read_record(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_bytes())
-        record: dict[str, Any] = content["record"]
-        return record if content["checksum"] == _checksum(record) else None
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
-def _read_cubin(directory: Path, record: dict[str, Any]) -> bytes | None:
-    try:
-        cubin = (directory / record["cubin"]).read_bytes()
-    except OSError:
-        return None
-    return cubin if hashlib.sha256(cubin).hexdigest() == record["sha256"] else None
-
-
-def _checksum(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _cache_files() -> Iterator[Path]:
-    directory = cache_directory()
-    if directory and directory.is_dir():
-        yield from (path for path in directory.iterdir() if _CACHE_FILE.fullmatch(path.name))
-
-
-def _warn_once(reason: str) -> None:
-    global _warned
-    if not _warned:
-        _warned = True
-        warnings.warn(
-            f"compiled kernels cannot be kept on disk ({reason}), so each process compiles them anew; "
-            f"set {CACHE_VARIABLE} to a directory that can be written",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    return disk_cache.store(key, compiled.spec.entry, compiled.cubin, record)

@@ -18,6 +18,8 @@ THREADS = 384  # of a CTA: two warpgroups that compute, one that loads
 CHUNK_DIMS = 64  # dims that one bulk copy brings, for the keys of a tile
 SHARED_BYTES = 232448  # all that a CTA can have: what the kernel does not need otherwise is ring
 VECTOR_BYTES = 16
+# Tokens of a page up to which threads fetch the rows of a tile: the copy engine takes one order a page and chunk.
+GATHERED_PAGE = 4
 LOG2_E = math.log2(math.e)
 # Clock cycles (some 250 us) that a CTA waits for others before it leaves its part of a merge to them.
 PATIENCE = 500_000
@@ -31,6 +33,7 @@ def mla_decode(
     *,
     softmax_scale: float,
     causal: bool = True,
+    cu_seqlens_q: Any = None,
     out: Any = None,
     lse: Any = None,
     return_lse: bool = False,
@@ -42,16 +45,23 @@ def mla_decode(
 
     Args:
         q: (b, s_q, h, latent + rope), or the pair (latent part, rope part); bfloat16 or float16; 1 to 128 heads.
-            Last dim contiguous, other strides free.
+            Last dim contiguous, other strides free. With cu_seqlens_q (total_q, h, ...): the queries of all requests,
+            one request after the other.
         kv_cache: (num_pages, page_size, latent + rope), with or without a dim of 1 before the last, or the pair
             (latent part, rope part); dtype of q. Last dim contiguous, strides multiples of 16 bytes; page_size 1, 2,
             4, 8, 16, 32 or a multiple of 64 tokens.
-        block_table: (b, max_pages) int32; the pages of each request. Entries past its last page are never read.
-        cache_seqlens: (b,) int32; tokens of each request in the cache, the s_q newest included; 0 is legal.
+        block_table: (b, max_pages) int32; the pages of each request. Entries past its last page are never read. Or the
+            pair (page_indices (n,), page_indptr (b + 1,)), both int32 and contiguous: request r has the pages
+            page_indices[page_indptr[r] : page_indptr[r + 1]].
+        cache_seqlens: (b,) int32; tokens of each request in the cache, its newest ones included, whose queries these
+            are; 0 is legal.
         softmax_scale: factor of the scores. DeepSeek's is (128 + 64) ** -0.5 times its yarn factor.
         causal: query i of s_q sees keys 0 ... seqlen - s_q + i; without it every query sees all keys.
-        out: (b, s_q, h, latent) in q's dtype, written in place; made when not given.
-        lse: (b, h, s_q) float32, written in place; made when not given.
+        cu_seqlens_q: (b + 1,) int32, contiguous; where each request's queries begin in q (total_q, ...), and where the
+            last one's end. Requests may have different numbers of queries, none included. Outputs of queries that
+            belong to no request are left as they are.
+        out: (b, s_q, h, latent), or (total_q, h, latent), in q's dtype, written in place; made when not given.
+        lse: (b, h, s_q), or (h, total_q), float32, written in place; made when not given.
         return_lse: return (out, lse) instead of out.
 
     Returns:
@@ -60,8 +70,9 @@ def mla_decode(
 
     Arrays of torch, CuPy or any DLPack producer on a GPU of compute capability 9.0 come in without a copy; the
     work is ordered on the caller's current stream and nothing synchronizes, so a call can be captured in a CUDA
-    graph. Arrays on the CPU (NumPy, torch) are computed there, tile by tile as on the GPU. The same inputs give
-    the same bits. Gradients are not recorded.
+    graph, and replayed after the contents of its arrays, lengths and offsets included, changed in place. Arrays on
+    the CPU (NumPy, torch) are computed there, tile by tile as on the GPU. The same inputs give the same bits.
+    Gradients are not recorded.
 
     Raises:
         ArgumentError, ArgumentTypeError: before anything is launched; the message names the argument.
@@ -70,9 +81,9 @@ def mla_decode(
 
     Source: FlashMLA-ETAP, arXiv 2506.01969, section 3 (transposed attention pipeline).
     """
-    call = arguments.check(q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, out, lse)
-    out, lse = _outputs(call, out, lse, return_lse)
-    _decode(call, out, lse, softmax_scale, causal)
+    call = arguments.check(q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, out, lse, cu_seqlens_q)
+    out, lse = make_outputs(call, out, lse, return_lse)
+    run(call, out, lse, softmax_scale, causal)
     return (out, lse) if return_lse else out
 
 
@@ -84,6 +95,7 @@ def plan_decode(
     *,
     softmax_scale: float,
     causal: bool = True,
+    cu_seqlens_q: Any = None,
     out: Any = None,
     lse: Any = None,
     return_lse: bool = False,
@@ -91,10 +103,11 @@ def plan_decode(
     """Check the arguments of `mla_decode` once, to run the call many times; computes nothing yet.
 
     Takes what `mla_decode` takes and raises what it raises. The plan keeps the arrays: their contents may change
-    between runs, lengths and tables included. Outputs that are not given are made here and written by every run.
+    between runs, lengths, offsets and tables included. Outputs that are not given are made here and written by
+    every run.
     """
-    call = arguments.check(q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, out, lse)
-    return DecodePlan(call, *_outputs(call, out, lse, return_lse), softmax_scale, causal)
+    call = arguments.check(q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, out, lse, cu_seqlens_q)
+    return DecodePlan(call, *make_outputs(call, out, lse, return_lse), softmax_scale, causal)
 
 
 class DecodePlan:
@@ -118,11 +131,11 @@ class DecodePlan:
         The work is ordered on the current stream of q's library. Raises ArgumentError when q is laid out otherwise.
         """
         self._call = arguments.with_queries(self._call, q)
-        _decode(self._call, self.out, self.lse, self._softmax_scale, self._causal)
+        run(self._call, self.out, self.lse, self._softmax_scale, self._causal)
         return self.out
 
 
-def _outputs(call: Call, out: Any, lse: Any, return_lse: bool) -> tuple[Any, Any]:
+def make_outputs(call: Call, out: Any, lse: Any, return_lse: bool) -> tuple[Any, Any]:
     """`out` and `lse`, made where they are needed and not given."""
     problem, like = call.problem, call.q[0]
     if out is None:
@@ -132,9 +145,10 @@ def _outputs(call: Call, out: Any, lse: Any, return_lse: bool) -> tuple[Any, Any
     return out, lse
 
 
-def _decode(call: Call, out: Any, lse: Any, softmax_scale: float, causal: bool) -> None:
+def run(call: Call, out: Any, lse: Any, softmax_scale: float, causal: bool) -> None:
+    """Compute a validated call into `out` and, if there is one, `lse`, which are those of `make_outputs`."""
     problem, layout = call.problem, call.q[0].layout
-    if problem.batch == 0:
+    if problem.total_q == 0:
         return
     if problem.device_type == "cpu":
         if lse is None:
@@ -153,15 +167,21 @@ class Params(ctypes.Structure):
 
     _fields_ = [
         ("maps", ctypes.c_uint64 * (2 * driver.TENSOR_MAP_BYTES // 8)),
+        ("k_latent", ctypes.c_uint64),
+        ("k_rope", ctypes.c_uint64),
         ("q_latent", ctypes.c_uint64),
         ("q_rope", ctypes.c_uint64),
         ("out", ctypes.c_uint64),
         ("lse", ctypes.c_uint64),
         ("block_table", ctypes.c_uint64),
         ("cache_seqlens", ctypes.c_uint64),
+        ("cu_seqlens_q", ctypes.c_uint64),
+        ("page_indptr", ctypes.c_uint64),
         ("partials", ctypes.c_uint64),
         ("partial_stats", ctypes.c_uint64),
         ("counters", ctypes.c_uint64),
+        ("k_strides", ctypes.c_int64 * 2),
+        ("k_rope_strides", ctypes.c_int64 * 2),
         ("q_strides", ctypes.c_int64 * 3),
         ("q_rope_strides", ctypes.c_int64 * 3),
         ("out_strides", ctypes.c_int64 * 3),
@@ -173,13 +193,16 @@ class Params(ctypes.Structure):
         ("by_lanes", ctypes.c_uint64),
         ("by_share", ctypes.c_uint64),
         ("by_row_groups", ctypes.c_uint64),
+        ("by_passes", ctypes.c_uint64),
         ("batch", ctypes.c_int32),
         ("s_q", ctypes.c_int32),
+        ("total_q", ctypes.c_int32),
         ("heads", ctypes.c_int32),
         ("max_pages", ctypes.c_int32),
         ("page_size", ctypes.c_int32),
         ("page_tiles", ctypes.c_int32),
         ("tile_pages", ctypes.c_int32),
+        ("gather", ctypes.c_int32),
         ("lanes", ctypes.c_int32),
         ("share", ctypes.c_int32),
         ("row_groups", ctypes.c_int32),
@@ -188,18 +211,22 @@ class Params(ctypes.Structure):
         ("q_vector_loads", ctypes.c_int32),
         ("patience", ctypes.c_int32),
         ("scale_log2", ctypes.c_float),
-        ("padding", ctypes.c_char * 36),  # tensor maps give the kernel's struct an alignment of 64 bytes
+        ("lse_factor", ctypes.c_float),
+        ("lse_no_key", ctypes.c_float),
+        ("padding", ctypes.c_char * 12),  # tensor maps give the kernel's struct an alignment of 64 bytes
     ]
 
 
-# Neighbours in Params that every launch sets: all addresses; causal ... scale_log2.
-_ADDRESSES = struct.Struct("9Q")
-_OPTIONS = struct.Struct("iiif")
+# Neighbours in Params that every launch sets: all addresses; causal ... lse_no_key.
+_ADDRESSES = struct.Struct("13Q")
+_OPTIONS = struct.Struct("iiifff")
 
 
 def make_params(problem: Problem, grid: Grid) -> Params:
     """The parameter with everything filled in that depends on the problem and the grid alone."""
     params = Params()
+    params.k_strides[:] = problem.cache_strides
+    params.k_rope_strides[:] = problem.cache_rope_strides
     params.q_strides[:] = problem.q_strides
     params.q_rope_strides[:] = problem.q_rope_strides
     params.out_strides[:] = problem.out_strides
@@ -207,15 +234,19 @@ def make_params(problem: Problem, grid: Grid) -> Params:
     params.table_stride = problem.block_table_stride
     params.seqlens_stride = problem.cache_seqlens_stride
     params.batch, params.s_q, params.heads = problem.batch, problem.s_q, problem.heads
+    params.total_q = problem.total_q
     params.max_pages = problem.max_pages
     params.page_size = problem.page_size
     params.page_tiles = max(1, problem.page_size // TILE_KEYS)
     params.tile_pages = max(1, TILE_KEYS // problem.page_size)
+    params.gather = problem.page_size <= GATHERED_PAGE
     params.lanes, params.row_groups, params.passes = grid.lanes, grid.row_groups, grid.passes
     params.by_heads, params.by_page_tiles = divider(params.heads), divider(params.page_tiles)
     params.by_lanes = divider(params.lanes)
-    params.share = grid.lanes // (problem.batch * grid.passes)
+    # The host does not know how many passes ragged requests take: those are never shared out evenly.
+    params.share = 0 if problem.ragged else grid.lanes // (problem.batch * grid.passes)
     params.by_share, params.by_row_groups = divider(max(1, params.share)), divider(params.row_groups)
+    params.by_passes = divider(params.passes)
     return params
 
 
@@ -229,7 +260,7 @@ class _Launch:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.grid = plan_grid(problem.s_q * problem.heads, driver.sm_count(problem.device))
+        self.grid = plan_grid(problem.typical_rows, driver.sm_count(problem.device))
         spec = decode_spec(problem.element, problem.latent_dim, problem.rope_dim, self.grid.rows)
         self.kernel = compiler.load(spec, problem.device)
         self.params = make_params(problem, self.grid)
@@ -252,20 +283,33 @@ class _Launch:
                 self.maps_in_place = key
             _ADDRESSES.pack_into(
                 self.params,
-                Params.q_latent.offset,
+                Params.k_latent.offset,
+                call.cache_latent,
+                call.cache_rope,
                 call.q_latent,
                 call.q_rope,
                 out,
                 lse,
                 call.block_table,
                 call.cache_seqlens,
+                call.cu_seqlens_q,
+                call.page_indptr,
                 workspace.partials,
                 workspace.partial_stats,
                 workspace.counters,
             )
             _OPTIONS.pack_into(
-                self.params, Params.causal.offset, causal, vector_loads, PATIENCE, softmax_scale * LOG2_E
+                self.params,
+                Params.causal.offset,
+                causal,
+                vector_loads,
+                PATIENCE,
+                softmax_scale * LOG2_E,
+                call.lse_form.factor,
+                call.lse_form.no_key,
             )
+            if self.problem.csr:
+                self.params.max_pages = call.page_count
             self.kernel.launch(self.grid.ctas, THREADS, SHARED_BYTES, stream, self.params_address)
 
     def _make_maps(self, call: Call) -> bytes:
@@ -287,12 +331,13 @@ class _Launch:
         return maps
 
 
-_launches: dict[Problem, _Launch] = {}
+_launches: dict[tuple[Problem, object], _Launch] = {}
 
 
 def _launch_for(problem: Problem) -> _Launch:
-    launch = _launches.get(problem)
+    key = (problem, compiler.source_key())
+    launch = _launches.get(key)
     if launch is None:
         launch = _Launch(problem)
-        interop.remember(_launches, problem, launch)
+        interop.remember(_launches, key, launch)
     return launch

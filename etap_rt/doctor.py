@@ -1,20 +1,30 @@
-"""What works on this machine and what is missing, one finding a line."""
+"""What works on this machine and what is missing, one finding a line: all that one asks for when something fails."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Literal
 
 from etap_rt import compiler, demo, driver
 from etap_rt.errors import EtapError, UnsupportedError
+from etap_rt.interop import describe, to_host
 from etap_rt.kernels import decode_spec
 
 # Lengths of the requests that are decoded as a trial: tiles full and not, and enough of them to need merging.
 TRIAL_LENGTHS = (1, 63, 64, 65, 500, 3000)
+SELF_TEST_SECONDS = 2.0
+# What decides which libraries, GPUs and directories are used; its values say much when something is odd.
+VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
+MODULE_VERSION = Path("/proc/driver/nvidia/version")
+MAPPED_FILES = Path("/proc/self/maps")
+MIB, GIB = 1 << 20, 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +40,7 @@ class Finding:
 def examine(step: demo.Step) -> list[Finding]:
     """Look at everything that decode on the GPU needs. `step` is told what comes next."""
     looks: list[tuple[str, Callable[[], str]]] = [
+        ("CuPy", _cupy),
         ("NVRTC", _nvrtc),
         ("compile", _compile),
         ("driver", _driver),
@@ -44,10 +55,11 @@ def examine(step: demo.Step) -> list[Finding]:
         findings.append(_finding("decode", _decode))
     else:
         findings.append(Finding("decode", "missing", "not tried on the GPU: something above is missing"))
-    return [*findings, _cache(), _torch()]
+    return [*findings, _cache(), _torch(), _environment()]
 
 
 def gpu_works(findings: list[Finding]) -> bool:
+    """Whether decode on the GPU is possible, by the findings of `examine`."""
     return all(finding.state == "ok" for finding in findings if finding.required)
 
 
@@ -62,15 +74,29 @@ def _finding(name: str, look: Callable[[], str]) -> Finding:
 
 def _python() -> Finding:
     packages = [_version(name) for name in ("etap-rt", "numpy", "ml_dtypes")]
-    machine = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    machine = f"Python {platform.python_version()} on {platform.system()} {platform.release()} {platform.machine()}"
     return Finding("Python", "ok", ", ".join([machine, *packages]))
+
+
+def _cupy() -> str:
+    """CuPy's packages exclude each other: with two of them, each has overwritten files of the other."""
+    installed = sorted({name for name in _package_names() if re.fullmatch(r"cupy(-cuda\d+x|-rocm-.*)?", name)})
+    if len(installed) > 1:
+        raise UnsupportedError(
+            f"{' and '.join(installed)} are installed over each other",
+            f"pip uninstall {' '.join(installed)}; {_install()}",
+        )
+    try:
+        import cupy
+    except Exception as error:  # a broken installation has exceptions of its own
+        raise UnsupportedError(f"CuPy cannot be imported ({type(error).__name__}: {error})", _install()) from error
+    runtime = driver.format_version(cupy.cuda.get_local_runtime_version())
+    return f"{cupy.__version__} ({', '.join(installed) or 'not installed as a package'}), CUDA runtime {runtime}"
 
 
 def _nvrtc() -> str:
     major, minor = compiler.nvrtc_version()
-    import cupy
-
-    return f"{major}.{minor}, through CuPy {cupy.__version__}"
+    return f"{major}.{minor}, {_mapped('libnvrtc.so') or 'where from is not known'}"
 
 
 def _compile() -> str:
@@ -90,9 +116,19 @@ def _driver() -> str:
     if version // 1000 < built_for:
         raise UnsupportedError(
             f"the driver is for CUDA {driver.format_version(version)}, the compiler for CUDA {built_for}",
-            f"a driver for CUDA {built_for}, or the packages of pip install 'etap-rt[cuda{version // 1000}]'",
+            f"a driver for CUDA {built_for}, or {_install(version)}",
         )
-    return f"for CUDA {driver.format_version(version)} and older"
+    library = _mapped("libcuda.so")
+    return ", ".join(filter(None, (_module_version(), f"for CUDA {driver.format_version(version)} and older", library)))
+
+
+def _module_version() -> str:
+    """The version of the driver's kernel module, such as 580.95.05; empty if it does not say."""
+    try:
+        version = re.search(r"\s(\d+\.\d+(\.\d+)?)\s", MODULE_VERSION.read_text())
+    except OSError:
+        return ""
+    return version[1] if version else ""
 
 
 def _gpu() -> str:
@@ -101,27 +137,50 @@ def _gpu() -> str:
     if count == 0:
         raise UnsupportedError("no GPU is visible", "a GPU, and no CUDA_VISIBLE_DEVICES that hides it")
     compiler.require_hopper(0)
-    return ", ".join(f"{i}: {driver.device_name(i)}, {driver.sm_count(i)} SMs" for i in range(count))
+    return ", ".join(f"{i}: {driver.device_name(i)}, {driver.sm_count(i)} SMs{_memory(i)}" for i in range(count))
+
+
+def _memory(device: int) -> str:
+    """How much of a GPU's memory is free, with a comma before it; empty if that cannot be asked."""
+    try:
+        import cupy
+
+        free, total = cupy.cuda.Device(device).mem_info
+    except Exception:  # what keeps CuPy from working is reported by another line
+        return ""
+    return f", {free / GIB:.0f} of {total / GIB:.0f} GiB free"
 
 
 def _decode() -> str:
+    """The self-test: a trial against float64, then the same again and again, which must give the same bits."""
+    until = time.monotonic() + SELF_TEST_SECONDS
     library = demo.gpu_library()
     problem = demo.make_problem(TRIAL_LENGTHS)
-    accuracy = demo.compare(problem, *demo.prepare(problem, library).decode(return_lse=True))
+    trial = demo.prepare(problem, library)
+    out, lse = trial.decode(return_lse=True)
+    accuracy = demo.compare(problem, out, lse)
     if not accuracy.accepted:
         raise EtapError(f"wrong result: {accuracy}")
-    return f"{accuracy.error:.1e} of the output's size away from float64, with arrays of {library}"
+    first, repeats = to_host(describe(out, "out")).tobytes(), 0
+    while time.monotonic() < until:
+        again = trial.decode()
+        repeats += 1
+        if to_host(describe(again, "out")).tobytes() != first:
+            raise EtapError(f"call {repeats} gave another result than the first")
+    error = f"{accuracy.error:.1e} of the output's size away from float64"
+    return f"{error}, the same bits {repeats} times, with arrays of {library}"
 
 
 def _cache() -> Finding:
+    problem = compiler.cache_problem()
+    if problem:
+        return Finding("cache", "note", f"{problem}; set {compiler.CACHE_VARIABLE}", required=False)
     directory = compiler.cache_directory()
     if directory is None:
         return Finding("cache", "note", f"no place for compiled kernels; set {compiler.CACHE_VARIABLE}", required=False)
-    existing = next(path for path in (directory, *directory.parents) if path.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        text = f"{directory} cannot be written; set {compiler.CACHE_VARIABLE}"
-        return Finding("cache", "note", text, required=False)
-    return Finding("cache", "ok", f"{directory}, {len(compiler.cache_entries())} kernels", required=False)
+    entries = compiler.cache_entries()
+    size = sum(entry.size_bytes for entry in entries) / MIB
+    return Finding("cache", "ok", f"{directory}, {len(entries)} kernels, {size:.1f} MiB", required=False)
 
 
 def _torch() -> Finding:
@@ -129,8 +188,43 @@ def _torch() -> Finding:
         import torch
     except Exception as error:  # a broken installation has exceptions of its own
         return Finding("torch", "note", f"cannot be imported ({error}); only its users need it", required=False)
-    with_cuda = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for the CPU only"
-    return Finding("torch", "ok" if torch.version.cuda else "note", f"{torch.__version__}, {with_cuda}", required=False)
+    if not torch.version.cuda:
+        return Finding("torch", "note", f"{torch.__version__}, for the CPU only", required=False)
+    text = f"{torch.__version__}, for CUDA {torch.version.cuda}"
+    if not torch.cuda.is_available():
+        return Finding("torch", "note", f"{text}, but it sees no GPU", required=False)
+    return Finding("torch", "ok", text, required=False)
+
+
+def _environment() -> Finding:
+    """The variables that are set and matter; ours are all that begin with ETAP_RT_."""
+    names = [name for name in (*VARIABLES, *sorted(os.environ)) if name in VARIABLES or name.startswith("ETAP_RT_")]
+    found = [f"{name}={os.environ[name]}" for name in dict.fromkeys(names) if name in os.environ]
+    return Finding("environment", "ok", ", ".join(found) or "nothing set that matters", required=False)
+
+
+def _install(driver_version: int = 0) -> str:
+    """What to install for a driver of `driver_version`, asked for when it is 0."""
+    if not driver_version:
+        try:
+            driver_version = driver.driver_version()
+        except EtapError:
+            return "pip install 'etap-rt[cuda13]', or [cuda12] with a driver for CUDA 12"
+    return f"pip install 'etap-rt[cuda{12 if driver_version // 1000 <= 12 else 13}]'"
+
+
+def _mapped(library: str) -> str:
+    """The file that a shared library of this process was loaded from; empty if that cannot be seen."""
+    try:
+        lines = MAPPED_FILES.read_text().splitlines()
+    except OSError:
+        return ""
+    paths = {line.split(maxsplit=5)[5] for line in lines if f"/{library}" in line}
+    return ", ".join(sorted(paths))
+
+
+def _package_names() -> list[str]:
+    return [package.metadata["Name"].lower().replace("_", "-") for package in metadata.distributions()]
 
 
 def _version(package: str) -> str:

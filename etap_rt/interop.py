@@ -16,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from etap_rt import driver
 from etap_rt.errors import ArgumentError, ArgumentTypeError
 
 MAX_REMEMBERED = 4096  # entries of a cache that is keyed by layouts; it is emptied when full
@@ -73,6 +74,8 @@ def describe(x: Any, name: str) -> Array:
 
 def empty(layout: Layout, owner: Any, shape: tuple[int, ...], dtype: str) -> Any:
     """A new, uninitialised, contiguous array of the library and on the device of an array that was described."""
+    if layout.device_type == "cuda":
+        driver.refuse_fork()
     if layout.library == "torch":
         return owner.new_empty(shape, dtype=getattr(sys.modules["torch"], dtype))
     if layout.device_type == "cpu":

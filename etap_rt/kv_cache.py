@@ -221,6 +221,8 @@ class PagedKVCache:
             raise ArgumentError("sequences", "one of them twice", "each sequence once")
         self._memory.refuse_capture("reserve")
         total = sum(tokens)
+        if total > self._geometry.num_slots:
+            self._pool.reserve(found, tokens)  # says what does not fit, before an array of that size is made
         if out is None:
             slots = describe(self._memory.new_array((total,), "int32"), "slots")
         else:
@@ -300,7 +302,8 @@ class PagedKVCache:
     def export(self, sequence: int, path: str | os.PathLike[str] | None = None) -> SequenceTokens:
         """The tokens of a sequence on the host, bit for bit; with a path, also as a safetensors file.
 
-        Waits for the GPU. The file has the tensors "latent" and "rope", as in SequenceTokens.
+        Waits for the GPU. The file has the tensors "latent" and "rope", as in SequenceTokens. Raises OSError when it
+        cannot be written.
         """
         found = self._find(sequence)
         self._memory.refuse_capture("export")
@@ -311,8 +314,7 @@ class PagedKVCache:
         if found.length:
             self._memory.read(np.array(found.pages, np.int32), latent, rope)
         if path is not None:
-            save_file = _safetensors("numpy").save_file
-            save_file({"latent": latent, "rope": rope}, path)
+            _write_file(path, latent, rope)
         return tokens
 
     def import_(self, source: str | os.PathLike[str] | tuple[Any, Any]) -> int:
@@ -414,6 +416,8 @@ class PagedKVCache:
     def _check_out(self, out: Any, tokens: int) -> Array:
         slots = describe(out, "out")
         self._check_slots_layout(slots.layout, "out", [self._layout.device_type])
+        if slots.layout.library in ("numpy", "dlpack") and not slots.owner.flags.writeable:
+            raise ArgumentError("out", "a read-only array", "one that can be written")
         if slots.layout.shape[0] < tokens:
             raise ArgumentError("out", f"{slots.layout.shape[0]} elements", f"at least {tokens}, one for each token")
         return slots
@@ -510,6 +514,8 @@ def _element_type(dtype: Any) -> ElementType:
         name = str(dtype).removeprefix("torch.") if _is_torch(dtype) else np.dtype(dtype).name
     except TypeError:
         name = repr(dtype)
+    if dtype is None:  # which NumPy takes for float64
+        name = "None"
     for element_type in ELEMENT_TYPES:
         if element_type == name:
             return element_type
@@ -518,9 +524,9 @@ def _element_type(dtype: Any) -> ElementType:
 
 def _device_name(device: Any) -> str:
     name = str(device)
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu(:0)?|cuda(:\d+)?", name):
         raise ArgumentError("device", repr(device), '"cpu", "cuda" or "cuda:1"')
-    return name
+    return name.removesuffix(":0") if name.startswith("cpu") else name
 
 
 def _check_geometry(g: Geometry) -> None:
@@ -553,6 +559,16 @@ def _safetensors(module: str) -> Any:
         return importlib.import_module(f"safetensors.{module}" if module else "safetensors")
     except ImportError as error:
         raise UnsupportedError("reading and writing safetensors files", "the package safetensors") from error
+
+
+def _write_file(path: str | os.PathLike[str], latent: Any, rope: Any) -> None:
+    save_file, refused = _safetensors("numpy").save_file, _safetensors("").SafetensorError
+    if not isinstance(path, (str, os.PathLike)):
+        raise ArgumentTypeError("path", repr(path), "a path")
+    try:
+        save_file({"latent": latent, "rope": rope}, path)
+    except refused as error:
+        raise OSError(f"{os.fspath(path)} cannot be written ({error})") from error
 
 
 def _read_file(path: str | os.PathLike[str]) -> tuple[Any, Any]:

@@ -159,6 +159,7 @@ class DeviceMemory(_Arrays):
     def __init__(self, geometry: Geometry, library: str, device: str) -> None:
         import cupy
 
+        driver.refuse_fork()
         super().__init__(geometry, library, device)
         index = self.pool.layout.device
         self._runtime = cupy.cuda.runtime
@@ -203,6 +204,7 @@ class DeviceMemory(_Arrays):
         tokens = latent.layout.shape[0]
         if tokens == 0:
             return
+        driver.refuse_fork()
         stream = current_stream(latent.layout)
         with self._device:
             if slots.layout.device_type == "cpu":

@@ -7,14 +7,14 @@ read; whatever lies in the cache besides cannot reach a result.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from etap_rt.arguments import Call, check_values
+from etap_rt.arguments import Call, LseForm, Problem, check_values
 from etap_rt.interop import as_numpy
 from etap_rt.kernels import DIMS
 from etap_rt.schedule import TILE_KEYS, Grid, Segment, divide, plan_grid
@@ -28,40 +28,75 @@ MAX_GROWTH = np.float32(8)  # log2 of how far a score may exceed the reference v
 
 
 def decode_float64(
-    q: Any, kv_cache: Any, block_table: Any, cache_seqlens: Any, softmax_scale: float, causal: bool
+    q: Any,
+    kv_cache: Any,
+    block_table: Any,
+    cache_seqlens: Any,
+    softmax_scale: float,
+    causal: bool,
+    cu_seqlens_q: Any = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The exact result: softmax over each request's keys in float64.
 
-    Takes NumPy arrays of mla_decode's shapes, packed or as pairs (latent, rope). Returns out (b, s_q, h, latent_dim)
-    and lse (b, h, s_q), both float64. Queries that see no key give zeros and -inf.
+    Takes NumPy arrays of mla_decode's shapes, packed or as pairs (latent, rope), pages as a table or as a list. Returns
+    out and lse in mla_decode's shapes, both float64. Queries that see no key give zeros and -inf.
     """
     q_parts = q if isinstance(q, (tuple, list)) else (q,)
     cache_parts = kv_cache if isinstance(kv_cache, (tuple, list)) else (kv_cache,)
-    queries = np.concatenate([part.astype(np.float64) for part in q_parts], axis=-1)
-    batch, s_q, heads, dim = queries.shape
+    packed = np.concatenate([part.astype(np.float64) for part in q_parts], axis=-1)
+    heads, dim = packed.shape[-2:]
+    queries = packed.reshape(-1, heads, dim)  # of all requests
     latent_dim = next(latent for latent, rope in DIMS if latent + rope == dim)
     page_size = cache_parts[0].shape[1]
+    lengths = cache_seqlens.tolist()
+    offsets = range(0, len(queries) + 1, packed.shape[1]) if cu_seqlens_q is None else cu_seqlens_q.tolist()
 
-    out = np.zeros((batch, s_q, heads, latent_dim))
-    lse = np.full((batch, heads, s_q), -np.inf)
-    for request, length in enumerate(cache_seqlens.tolist()):
-        pages = block_table[request, : -(-length // page_size)]
+    out = np.zeros((len(queries), heads, latent_dim))
+    lse = np.full((len(queries), heads), -np.inf)
+    for request, length in enumerate(lengths):
+        pages = _all_pages(block_table, request)[: -(-length // page_size)]
         rows = [part[pages].reshape(len(pages) * page_size, part.shape[-1])[:length] for part in cache_parts]
         keys = np.concatenate([part.astype(np.float64) for part in rows], axis=-1)
-        for query in range(s_q):
-            visible = max(0, length - s_q + query + 1) if causal else length
+        for query in range(offsets[request], offsets[request + 1]):
+            visible = max(0, length - offsets[request + 1] + query + 1) if causal else length
             if visible == 0:
                 continue
-            scores = softmax_scale * (queries[request, query] @ keys[:visible].T)  # (heads, visible)
+            scores = softmax_scale * (queries[query] @ keys[:visible].T)  # (heads, visible)
             top = scores.max(axis=-1, keepdims=True)
             weights = np.exp(scores - top)
             total = weights.sum(axis=-1, keepdims=True)
-            out[request, query] = weights @ keys[:visible, :latent_dim] / total
-            lse[request, :, query] = (top + np.log(total))[:, 0]
-    return out, lse
+            out[query] = weights @ keys[:visible, :latent_dim] / total
+            lse[query] = (top + np.log(total))[:, 0]
+    if cu_seqlens_q is not None:
+        return out, lse.T
+    batch, s_q = packed.shape[:2]
+    return out.reshape(batch, s_q, heads, latent_dim), lse.reshape(batch, s_q, heads).swapaxes(1, 2)
+
+
+def _all_pages(block_table: Any, request: int) -> NDArray[Any]:
+    """The pages of a request, from a table or from (page_indices, page_indptr)."""
+    if not isinstance(block_table, (tuple, list)):
+        return block_table[request]  # type: ignore[no-any-return]
+    indices, indptr = block_table
+    return indices[indptr[request] : indptr[request + 1]]  # type: ignore[no-any-return]
 
 
 # ---- the kernel's algorithm ----
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """One pass over one request, see schedule.py."""
+
+    request: int
+    length: int  # keys
+    s_q: int  # query tokens
+    first_token: int  # of the request within a ragged q, 0 otherwise
+    rows: NDArray[np.int64]  # query rows (query * heads + head) of the pass
+
+    def tokens_and_heads(self, heads: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        query, head = np.divmod(self.rows, heads)
+        return query + self.first_token, head
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,45 +112,65 @@ def decode_tiled(call: Call, softmax_scale: float, causal: bool, sm_count: int =
     """Compute a validated call on the CPU as the GPU would, into call.out and, if it is there, call.lse.
 
     Tile order, precisions, rounding of P, lazy rescaling and the order of merging are the kernel's on a GPU with
-    `sm_count` SMs. Raises ArgumentError for lengths or table entries that point outside of the cache.
+    `sm_count` SMs. Raises ArgumentError for lengths, offsets or table entries that point outside of the arrays.
     """
     if call.out is None:
         raise ValueError("decode_tiled writes into call.out, which is None")
     check_values(call)
     problem, out = call.problem, as_numpy(call.out)
     lse = None if call.lse is None else as_numpy(call.lse)
-    lengths = as_numpy(call.lengths).tolist()
-    grid = plan_grid(problem.s_q * problem.heads, sm_count)
+    grid = plan_grid(problem.typical_rows, sm_count)
+    units = _units(call, grid)
+    # Ragged requests have passes of their own, so each unit counts as a request of one pass.
+    work = divide([unit.length for unit in units], replace(grid, passes=1))
     scale_log2 = np.float32(softmax_scale * math.log2(math.e))
-    partials: dict[tuple[int, int], list[_Partial]] = {}
+    partials: dict[int, list[_Partial]] = {}
     with np.errstate(invalid="ignore", over="ignore", under="ignore", divide="ignore"):
-        for segment in chain.from_iterable(divide(lengths, grid)):
-            unit = partials.setdefault((segment.request, segment.pass_index), [])
-            length = lengths[segment.request]
-            unit.append(_compute_segment(call, segment, grid, length, scale_log2, causal))
-            if len(unit) <= segment.last_lane - segment.first_lane:
+        for segment in chain.from_iterable(work):
+            unit, known = units[segment.request], partials.setdefault(segment.request, [])
+            known.append(_compute_segment(call, unit, segment, grid.rows, scale_log2, causal))
+            if len(known) <= segment.last_lane - segment.first_lane:
                 continue  # lanes that come later share the unit
-            rows = _pass_rows(call, segment, grid)
-            query, head = np.divmod(rows, problem.heads)
-            out_rows, lse_rows = _merge(partials.pop((segment.request, segment.pass_index)))
-            out[segment.request, query, head] = out_rows[: len(rows)]
+            out_rows, lse_rows = _merge(partials.pop(segment.request), call.lse_form)
+            token, head = unit.tokens_and_heads(problem.heads)
+            out[_place(problem, unit, token, head)] = out_rows[: len(unit.rows)]
             if lse is not None:
-                lse[segment.request, head, query] = lse_rows[: len(rows)]
+                place = (head, token) if problem.ragged else (unit.request, head, token)
+                lse[place] = lse_rows[: len(unit.rows)]
+
+
+def _units(call: Call, grid: Grid) -> list[_Unit]:
+    """All units, in the order in which they are divided over lanes; a request without queries has none."""
+    problem, size = call.problem, grid.row_groups * grid.rows
+    starts = None if call.starts is None else as_numpy(call.starts).tolist()
+    units = []
+    for request, length in enumerate(as_numpy(call.lengths).tolist()):
+        first, s_q = 0, problem.s_q
+        if starts is not None:
+            first, s_q = starts[request], starts[request + 1] - starts[request]
+        rows = np.arange(s_q * problem.heads)
+        passes = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
+        units += [_Unit(request, length, s_q, first, own_rows) for own_rows in passes]
+    return units
+
+
+def _place(problem: Problem, unit: _Unit, token: Any, head: Any) -> tuple[Any, ...]:
+    """The index of tokens and heads in q and out."""
+    return (token, head) if problem.ragged else (unit.request, token, head)
 
 
 def _compute_segment(
-    call: Call, segment: Segment, grid: Grid, length: int, scale_log2: np.float32, causal: bool
+    call: Call, unit: _Unit, segment: Segment, tile_rows: int, scale_log2: np.float32, causal: bool
 ) -> _Partial:
-    problem = call.problem
-    rows = _pass_rows(call, segment, grid)
-    q = _load_q(call, segment.request, rows, grid.rows)  # (row tiles, rows, dim)
+    problem, rows = call.problem, unit.rows
+    q = _load_q(call, unit, tile_rows)  # (row tiles, rows, dim)
     first_key = segment.tile_begin * TILE_KEYS
-    keys = _load_keys(call, segment.request, first_key, min(segment.tile_end * TILE_KEYS, length))
+    keys = _load_keys(call, unit.request, first_key, min(segment.tile_end * TILE_KEYS, unit.length))
     element = as_numpy(call.kv_cache[0]).dtype
 
     # The last key that each row sees; what fills up the last row tile sees what its last row sees.
-    query = np.minimum(rows[0] + np.arange(q.shape[0] * grid.rows), rows[-1]) // problem.heads
-    last_visible = (length - problem.s_q + query).reshape(q.shape[0], grid.rows, 1) if causal else length - 1
+    query = np.minimum(rows[0] + np.arange(q.shape[0] * tile_rows), rows[-1]) // problem.heads
+    last_visible = (unit.length - unit.s_q + query).reshape(q.shape[0], tile_rows, 1) if causal else unit.length - 1
 
     top = np.full((*q.shape[:2], 1), -np.inf, np.float32)
     total = np.zeros_like(top)
@@ -141,7 +196,7 @@ def _compute_segment(
     return _Partial(o, top, total)
 
 
-def _merge(partials: list[_Partial]) -> tuple[Floats, Floats]:
+def _merge(partials: list[_Partial], lse_form: LseForm) -> tuple[Floats, Floats]:
     """Merge the partials of a unit in the order of their lanes; returns out and lse of its rows, fillers included."""
     top = np.maximum.reduce([partial.top for partial in partials])
     o = np.zeros_like(partials[0].o)
@@ -151,31 +206,24 @@ def _merge(partials: list[_Partial]) -> tuple[Floats, Floats]:
         o += weight * partial.o
         total += weight * partial.total
     out = np.where(total == 0, np.float32(0), o / total)
-    lse = np.where(total == 0, np.float32(-np.inf), (top + np.log2(total)) * np.float32(math.log(2)))
+    lse = np.where(total == 0, np.float32(lse_form.no_key), (top + np.log2(total)) * np.float32(lse_form.factor))
     return out.reshape(-1, out.shape[-1]), lse.reshape(-1)
 
 
-def _pass_rows(call: Call, segment: Segment, grid: Grid) -> NDArray[np.int64]:
-    """The query rows (query * heads + head) of a segment's pass."""
-    size = grid.row_groups * grid.rows
-    begin = segment.pass_index * size
-    return np.arange(begin, min(begin + size, call.problem.s_q * call.problem.heads))
-
-
-def _load_q(call: Call, request: int, rows: NDArray[np.int64], tile_rows: int) -> Floats:
-    """Query rows as float32 (row tiles, tile_rows, dim); the last tile is filled up with zeros."""
-    query, head = np.divmod(rows, call.problem.heads)
-    parts = [as_numpy(part)[request, query, head].astype(np.float32) for part in call.q]
-    q = np.concatenate(parts, axis=-1)
-    row_tiles = -(-len(rows) // tile_rows)
+def _load_q(call: Call, unit: _Unit, tile_rows: int) -> Floats:
+    """Query rows of a unit as float32 (row tiles, tile_rows, dim); the last tile is filled up with zeros."""
+    place = _place(call.problem, unit, *unit.tokens_and_heads(call.problem.heads))
+    q = np.concatenate([as_numpy(part)[place].astype(np.float32) for part in call.q], axis=-1)
+    row_tiles = -(-len(q) // tile_rows)
     padded = np.zeros((row_tiles * tile_rows, q.shape[-1]), np.float32)
-    padded[: len(rows)] = q
+    padded[: len(q)] = q
     return padded.reshape(row_tiles, tile_rows, -1)
 
 
 def _load_keys(call: Call, request: int, begin: int, end: int) -> Floats:
     """Tokens [begin, end) of a request as float32 (tokens, latent_dim + rope_dim)."""
     page, slot = np.divmod(np.arange(begin, end), call.problem.page_size)
-    page = as_numpy(call.table)[request, page]
+    table = as_numpy(call.table)
+    page = table[request, page] if call.indptr is None else table[as_numpy(call.indptr)[request] + page]
     parts = [as_numpy(part)[page, slot].astype(np.float32) for part in call.kv_cache]
     return np.concatenate([part.reshape(len(page), part.shape[-1]) for part in parts], axis=-1)

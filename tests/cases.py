@@ -22,6 +22,7 @@ ROPE_DIM = 64
 UNUSED_ENTRY = 2_147_480_000  # of the block table, past a request's last page
 SPARE_PAGES = 3  # of the cache, that belong to no request
 SPARE_COLUMNS = 2  # of the block table
+SPARE_ENTRIES = 2  # of a page list: before the first request, after the last and, now and then, in between
 DEEPSEEK_SCALE = (128 + 64) ** -0.5
 FLASH_MLA_SCALE = 576**-0.5
 
@@ -45,8 +46,10 @@ class Case:
     lengths: tuple[int, ...] = MIXED
     heads: int = 16
     s_q: int = 1
+    queries: tuple[int, ...] = ()  # of each request, when they are ragged; s_q does not count then
     causal: bool = True
     page_size: int = 64
+    csr: bool = False  # page lists instead of a table
     split_q: bool = False  # q is the pair (latent, rope)
     split_cache: bool = False
     strided: bool = False  # no array is contiguous in its outer dims
@@ -101,6 +104,43 @@ CASES = (
 )
 
 
+# Requests of different numbers of queries, pages in lists, and both.
+RAGGED_CASES = (
+    Case("ragged", queries=(1, 2, 4, 0, 1, 3, 2, 1, 5, 1)),
+    Case("ragged-no-mask", queries=(1, 2, 4, 0, 1, 3, 2, 1, 5, 1), causal=False),
+    Case("ragged-fp16-320-1-head", dtype="float16", latent_dim=256, heads=1, queries=(3, 1, 70, 64, 0, 1, 1, 2, 9, 1)),
+    Case("ragged-3-heads", heads=3, queries=(0, 4, 1, 2, 3, 1, 1, 0, 30, 0)),
+    Case("ragged-128-heads", heads=128, lengths=(0, 3, 64, 65, 1500), queries=(1, 5, 0, 1, 3)),
+    Case("ragged-one-of-many-queries", heads=8, lengths=(*range(50, 70), 3000), queries=(*(1,) * 20, 40)),
+    Case("ragged-more-queries-than-keys", queries=(0, 3, 70, 66, 1, 0, 200, 1, 1, 1), heads=2),
+    Case("ragged-one-request", lengths=(9001,), queries=(3,)),
+    Case("ragged-one-query-each", queries=(1,) * len(MIXED)),
+    Case("ragged-long", lengths=LONG, queries=(1, 2, 4, 1, 0, 3), uneven=True),
+    Case(
+        "ragged-long-64-rows", lengths=LONG, queries=(9, 0, 4, 1, 12, 3), uneven=True, dtype="float16", latent_dim=256
+    ),
+    Case(
+        "ragged-more-requests-than-lanes",
+        lengths=tuple(7 * i % 211 for i in range(300)),
+        queries=tuple(i % 4 for i in range(300)),
+        heads=8,
+    ),
+    Case("ragged-all-without-keys", lengths=(0,) * 5, queries=(1, 2, 0, 1, 4)),
+    Case("ragged-last-ones-without-queries", lengths=(300, 70, 64, 9), queries=(2, 1, 0, 0)),
+    Case("ragged-strided", strided=True, heads=3, queries=(1, 2, 4, 0, 1, 3, 2, 1, 5, 1)),
+    Case("ragged-split", split_q=True, split_cache=True, strided=True, queries=(2, 2, 4, 0, 1, 3, 2, 1, 5, 1)),
+    *(Case(f"csr-page-size-{size}", csr=True, page_size=size) for size in (1, 2, 16, 64, 128, 256)),
+    Case("csr-long", csr=True, lengths=LONG, uneven=True, page_size=32),
+    Case("csr-2-queries-split", csr=True, s_q=2, split_q=True, split_cache=True, cache_heads_dim=True),
+    Case("csr-all-empty", csr=True, lengths=(0,) * 5),
+    Case("csr-one-request-320", csr=True, lengths=(9001,), latent_dim=256, dtype="float16"),
+    Case("csr-ragged", csr=True, queries=(1, 2, 4, 0, 1, 3, 2, 1, 5, 1)),
+    Case("csr-ragged-page-size-1", csr=True, page_size=1, queries=(1, 0, 4, 0, 1, 3, 2, 1, 5, 2), split_cache=True),
+    Case("csr-ragged-strided", csr=True, page_size=8, strided=True, heads=24, queries=(1, 2, 4, 0, 1, 3, 2, 1, 5, 1)),
+    Case("csr-ragged-fp16-no-mask", csr=True, dtype="float16", causal=False, queries=(1, 2, 4, 2, 1, 3, 2, 1, 5, 0)),
+)
+
+
 @dataclass(frozen=True)
 class View:
     """A part of a contiguous array, so that it can be made again, strides included, wherever the array is copied to."""
@@ -120,20 +160,26 @@ class Inputs:
     case: Case
     q: tuple[View, ...]  # one packed view, or (latent, rope)
     kv_cache: tuple[View, ...]
-    block_table: View
+    block_table: tuple[View, ...]  # one table, or (page_indices, page_indptr)
     cache_seqlens: View
+    cu_seqlens_q: View | None  # when queries are ragged
 
     def on(self, convert: Callable[[NDArray[Any]], Any]) -> dict[str, Any]:
         """The arguments of mla_decode, with each array made by `convert` from a contiguous NumPy array."""
-        q, kv_cache = ([view.on(convert) for view in views] for views in (self.q, self.kv_cache))
-        return {
+        q, kv_cache, block_table = (
+            [view.on(convert) for view in views] for views in (self.q, self.kv_cache, self.block_table)
+        )
+        call = {
             "q": tuple(q) if self.case.split_q else q[0],
             "kv_cache": tuple(kv_cache) if self.case.split_cache else kv_cache[0],
-            "block_table": self.block_table.on(convert),
+            "block_table": tuple(block_table) if self.case.csr else block_table[0],
             "cache_seqlens": self.cache_seqlens.on(convert),
             "softmax_scale": self.case.scale,
             "causal": self.case.causal,
         }
+        if self.cu_seqlens_q is not None:
+            call["cu_seqlens_q"] = self.cu_seqlens_q.on(convert)
+        return call
 
 
 def as_is(array: NDArray[Any]) -> NDArray[Any]:
@@ -157,7 +203,8 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     batch = len(case.lengths)
     dims = (case.latent_dim, ROPE_DIM)
 
-    q = rng.standard_normal((batch, case.s_q, case.heads, sum(dims)), np.float32).astype(dtype)
+    tokens = (sum(case.queries),) if case.queries else (batch, case.s_q)
+    q = rng.standard_normal((*tokens, case.heads, sum(dims)), np.float32).astype(dtype)
     if case.uneven:
         q[..., -1] = 1 - 2 * (np.arange(case.heads) % 2)
     q_views = tuple(_place_q(part, case.strided) for part in _parts(q, case.split_q, dims))
@@ -176,20 +223,9 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         cache = cache[:, :, None, :]
     cache_views = tuple(_place_cache(part, case.strided) for part in _parts(cache, case.split_cache, dims))
 
-    lengths = np.array(case.lengths, np.int32)
-    if not case.strided:
-        return Inputs(case, q_views, cache_views, View(table), View(lengths))
-    wide_table = np.full((batch, table.shape[1] + 5), UNUSED_ENTRY, np.int32)
-    wide_table[:, : table.shape[1]] = table
-    every_third = np.full(3 * batch, UNUSED_ENTRY, np.int32)
-    every_third[::3] = lengths
-    return Inputs(
-        case,
-        q_views,
-        cache_views,
-        View(wide_table, (slice(None), slice(0, table.shape[1]))),
-        View(every_third, (slice(None, None, 3),)),
-    )
+    table_views = _page_list(case, table) if case.csr else (_place_table(table, case.strided),)
+    starts = View(_offsets(case.queries)) if case.queries else None
+    return Inputs(case, q_views, cache_views, table_views, _place_lengths(case), starts)
 
 
 @lru_cache(maxsize=2)
@@ -197,7 +233,7 @@ def prepared(case: Case) -> tuple[Inputs, NDArray[np.float64], NDArray[np.float6
     """Inputs of a case with its exact out and lse; computed once for the backends that run the case in turn."""
     inputs = make_inputs(case)
     arguments = inputs.on(as_is)
-    out, lse = decode_float64(*arguments.values())
+    out, lse = decode_float64(**arguments)
     for array in (out, lse):
         array.flags.writeable = False
     return inputs, out, lse
@@ -224,12 +260,14 @@ def assert_close(
     no_key = np.isneginf(exact_lse)
     assert np.array_equal(np.isneginf(lse), no_key), "lse is -inf exactly where a query sees no key"
     out = out.astype(np.float64)
-    assert not out[no_key.swapaxes(1, 2)].any(), "a query that sees no key gives zeros"
+    assert not out[no_key.swapaxes(-1, -2)].any(), "a query that sees no key gives zeros"
     np.testing.assert_allclose(lse[~no_key], exact_lse[~no_key], atol=LSE_ERROR, rtol=LSE_RELATIVE_ERROR)
 
+    starts = _offsets(case.queries).tolist()
     for request, length in enumerate(case.lengths):
-        error = _norm(out[request] - exact_out[request])
-        accepted = REQUEST_ERROR[case.dtype] * _norm(exact_out[request])
+        own = slice(starts[request], starts[request + 1]) if case.queries else request
+        error = _norm(out[own] - exact_out[own])
+        accepted = REQUEST_ERROR[case.dtype] * _norm(exact_out[own])
         assert error <= accepted, f"request {request} of {length} tokens: error {error}, accepted {accepted}"
     error = _norm(out - exact_out)
     if case.dtype == "bfloat16":
@@ -264,14 +302,49 @@ def _shuffled_table(case: Case, rng: np.random.Generator) -> tuple[NDArray[np.in
     return table, num_pages
 
 
+def _offsets(counts: tuple[int, ...]) -> NDArray[np.int32]:
+    return np.cumsum((0, *counts), dtype=np.int32)
+
+
+def _page_list(case: Case, table: NDArray[np.int32]) -> tuple[View, View]:
+    """The used entries of a table one after the other, with spare ones here and there, and where each row begins."""
+    rows = []
+    for request, (row, length) in enumerate(zip(table, case.lengths)):
+        spare = SPARE_ENTRIES if request % 3 == 2 else 0
+        rows.append(row[: -(-length // case.page_size) + spare])
+    ends = np.full(SPARE_ENTRIES, UNUSED_ENTRY, np.int32)
+    indptr = SPARE_ENTRIES + _offsets(tuple(len(row) for row in rows))
+    return View(np.concatenate([ends, *rows, ends])), View(indptr)
+
+
+def _place_table(table: NDArray[np.int32], strided: bool) -> View:
+    """The table as it is, or as the first columns of a wider one."""
+    if not strided:
+        return View(table)
+    wide = np.full((table.shape[0], table.shape[1] + 5), UNUSED_ENTRY, np.int32)
+    wide[:, : table.shape[1]] = table
+    return View(wide, (slice(None), slice(0, table.shape[1])))
+
+
+def _place_lengths(case: Case) -> View:
+    """The lengths one after the other, or as every third of an array."""
+    lengths = np.array(case.lengths, np.int32)
+    if not case.strided:
+        return View(lengths)
+    every_third = np.full(3 * len(lengths), UNUSED_ENTRY, np.int32)
+    every_third[::3] = lengths
+    return View(every_third, (slice(None, None, 3),))
+
+
 def _place_q(q: NDArray[Any], strided: bool) -> View:
     """q as it is, or with its first axes swapped in memory and odd gaps between tokens, heads and rows."""
     if not strided:
         return View(np.ascontiguousarray(q))
-    batch, s_q, heads, dim = q.shape
-    base = np.full((s_q + 1, batch, heads + 2, dim + 3), np.nan, q.dtype)
-    index = (slice(0, s_q), slice(0, batch), slice(0, heads), slice(0, dim))
-    base[index] = q.swapaxes(0, 1)
+    swapped = q.swapaxes(0, 1)
+    gaps = (1, 0, *(2,) * (q.ndim - 3), 3)
+    base = np.full([size + gap for size, gap in zip(swapped.shape, gaps)], np.nan, q.dtype)
+    index = tuple(slice(0, size) for size in swapped.shape)
+    base[index] = swapped
     return View(base, index, swapped=(0, 1))
 
 

@@ -15,6 +15,11 @@ __device__ __forceinline__ void copy_16_bytes(u32 destination, const void* sourc
 // Waits for all copies of this thread.
 __device__ __forceinline__ void copy_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Arrives at `barrier` when all copies of this thread so far are done; one of the arrivals that the barrier expects.
+__device__ __forceinline__ void copy_arrive(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 // Asks for the line at `address` to be brought into L2.
 __device__ __forceinline__ void prefetch_l2(const void* address) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(address)));

@@ -154,10 +154,73 @@ WRONG = (
 )
 
 
-@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: f"{wrong.argument}-{wrong.given}")
+def ints(*shape: int) -> Any:
+    return zeros(*shape, dtype=np.int32)
+
+
+def good_ragged_arguments() -> dict[str, Any]:
+    """As `good_arguments`, with 5 query tokens for both requests and pages in a list of 6."""
+    return good_arguments() | {
+        "q": zeros(5, 3, 576),
+        "block_table": (ints(6), ints(3)),
+        "cu_seqlens_q": np.array([0, 2, 5], np.int32),
+        "out": zeros(5, 3, 512),
+        "lse": zeros(3, 5, dtype=np.float32),
+    }
+
+
+WRONG_RAGGED = (
+    Wrong("cu_seqlens_q", lambda: {"cu_seqlens_q": [0, 2, 5]}, "list", ArgumentTypeError),
+    Wrong("cu_seqlens_q", lambda: {"cu_seqlens_q": zeros(3, dtype=np.int64)}, "dtype int64"),
+    Wrong("cu_seqlens_q", lambda: {"cu_seqlens_q": ints(3, 1)}, "shape (3, 1)"),
+    Wrong("cu_seqlens_q", lambda: {"cu_seqlens_q": ints(0)}, "shape (0,)"),
+    Wrong(
+        "cu_seqlens_q",
+        lambda: {"cu_seqlens_q": ints(1), "cache_seqlens": ints(0), "block_table": (ints(6), ints(1))},
+        "shape (1,)",
+    ),
+    Wrong("cu_seqlens_q", lambda: {"cu_seqlens_q": ints(6)[::2]}, "stride 2 in the last dim"),
+    Wrong("cu_seqlens_q", lambda: {"cu_seqlens_q": off_by(2, ints(3))}, "address 0x"),
+    Wrong("q", lambda: {"q": zeros(1, 5, 3, 576)}, "shape (1, 5, 3, 576)"),
+    Wrong("q", lambda: {"cu_seqlens_q": None}, "shape (5, 3, 576)"),
+    Wrong("q", lambda: {"q": zeros(5, 129, 576)}, "129 heads (dim 1 of shape (5, 129, 576))"),
+    Wrong("q[1]", lambda: split_q(zeros(5, 3, 512), zeros(4, 3, 64)), "shape (4, 3, 64)"),
+    Wrong("cache_seqlens", lambda: {"cache_seqlens": ints(5)}, "shape (5,)"),
+    Wrong("out", lambda: {"out": zeros(1, 5, 3, 512)}, "shape (1, 5, 3, 512)"),
+    Wrong("lse", lambda: {"lse": zeros(5, 3, dtype=np.float32)}, "shape (5, 3)"),
+    Wrong(
+        "lse",
+        lambda: {"lse": np.lib.stride_tricks.as_strided(zeros(99, dtype=np.float32), (3, 5), (4, 8))},
+        "strides (1, 2)",
+    ),
+    Wrong("block_table", lambda: {"block_table": ints(3, 4)}, "shape (3, 4)"),
+    Wrong("block_table", lambda: {"block_table": (ints(6), ints(3), ints(2))}, "tuple of 3", ArgumentTypeError),
+    Wrong("block_table[0]", lambda: {"block_table": ([1], ints(3))}, "list", ArgumentTypeError),
+    Wrong("block_table[0]", lambda: {"block_table": (zeros(6, dtype=np.int64), ints(3))}, "dtype int64"),
+    Wrong("block_table[0]", lambda: {"block_table": (ints(2, 3), ints(3))}, "shape (2, 3)"),
+    Wrong("block_table[0]", lambda: {"block_table": (ints(12)[::2], ints(3))}, "stride 2 in the last dim"),
+    Wrong("block_table[0]", lambda: {"block_table": (off_by(1, ints(6)), ints(3))}, "address 0x"),
+    Wrong("block_table[1]", lambda: {"block_table": (ints(6), None)}, "NoneType", ArgumentTypeError),
+    Wrong("block_table[1]", lambda: {"block_table": (ints(6), zeros(3, dtype=np.float32))}, "dtype float32"),
+    Wrong("block_table[1]", lambda: {"block_table": (ints(6), ints(2))}, "shape (2,)"),
+    Wrong("block_table[1]", lambda: {"block_table": (ints(6), ints(6)[::2])}, "stride 2 in the last dim"),
+    Wrong("block_table[1]", lambda: {"block_table": (ints(6), off_by(3, ints(3)))}, "address 0x"),
+)
+
+
+def wrong_id(x: Any) -> str:
+    return f"{x.argument}-{x.given}" if isinstance(x, Wrong) else x.__name__.removesuffix("_arguments")
+
+
+EVERY_WRONG = [(good_arguments, wrong) for wrong in WRONG] + [(good_ragged_arguments, wrong) for wrong in WRONG_RAGGED]
+
+
+@pytest.mark.parametrize(("good", "wrong"), EVERY_WRONG, ids=wrong_id)
 @pytest.mark.parametrize("entry", [etap_rt.mla_decode, etap_rt.check_inputs], ids=["mla_decode", "check_inputs"])
-def test_a_wrong_argument_is_refused_by_name(wrong: Wrong, entry: Callable[..., Any]) -> None:
-    call = good_arguments() | wrong.change()
+def test_a_wrong_argument_is_refused_by_name(
+    good: Callable[[], dict[str, Any]], wrong: Wrong, entry: Callable[..., Any]
+) -> None:
+    call = good() | wrong.change()
     arrays = {name: call.pop(name) for name in ("q", "kv_cache", "block_table", "cache_seqlens")}
     for _ in range(2):  # a refusal is never remembered as a success
         with pytest.raises(wrong.error) as caught:
@@ -165,6 +228,20 @@ def test_a_wrong_argument_is_refused_by_name(wrong: Wrong, entry: Callable[..., 
         assert isinstance(caught.value, etap_rt.EtapError) and isinstance(caught.value, (ValueError, TypeError))
         assert str(caught.value).startswith(f"{wrong.argument}: got {wrong.given}")
         assert ", accepted is " in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["block_table[0]", "block_table[1]", "cu_seqlens_q"])
+def test_offsets_and_page_lists_on_different_devices_are_refused(name: str) -> None:
+    pytest.importorskip("torch")
+    call = good_ragged_arguments()
+    indices, indptr = call["block_table"]
+    elsewhere = {"block_table[0]": indices, "block_table[1]": indptr, "cu_seqlens_q": call["cu_seqlens_q"]}
+    elsewhere[name] = to_torch(elsewhere[name]).to("meta")
+    call["cu_seqlens_q"] = elsewhere.pop("cu_seqlens_q")
+    call["block_table"] = tuple(elsewhere.values())
+    with pytest.raises(ArgumentError) as caught:
+        check(**call)
+    assert str(caught.value) == f"{name}: got device meta:0, accepted is cpu:0, where q is"
 
 
 @pytest.mark.parametrize("name", ["kv_cache", "block_table", "cache_seqlens", "out", "lse"])
@@ -221,6 +298,33 @@ def test_a_split_strided_call_is_described_to_the_kernel() -> None:
     assert call.out is None and call.lse is None
     assert problem.out_shape == (2, 2, 3, 256) and problem.out_strides == (1536, 768, 256)
     assert problem.lse_shape == (2, 3, 2) and problem.lse_strides == (6, 2, 1)
+
+
+def test_a_ragged_call_with_a_page_list_is_described_to_the_kernel() -> None:
+    call_arguments = good_ragged_arguments()
+    call = check(**call_arguments)
+    problem = call.problem
+    assert (problem.ragged, problem.csr) == (True, True)
+    assert (problem.batch, problem.s_q, problem.total_q, problem.heads) == (2, 0, 5, 3)
+    assert problem.typical_rows == 9  # three tokens a request, rounded up
+    assert problem.q_strides == problem.q_rope_strides == (0, 1728, 576)
+    assert problem.out_shape == (5, 3, 512) and problem.out_strides == (0, 1536, 512)
+    assert problem.lse_shape == (3, 5) and problem.lse_strides == (0, 5, 1)
+    assert (problem.max_pages, problem.block_table_stride, call.page_count) == (0, 0, 6)
+    indices, indptr = call_arguments["block_table"]
+    assert (call.block_table, call.page_indptr) == (indices.ctypes.data, indptr.ctypes.data)
+    assert call.cu_seqlens_q == call_arguments["cu_seqlens_q"].ctypes.data
+    call_arguments |= {"out": None, "lse": None}
+    made = check(**call_arguments).problem
+    assert made.out_strides == (0, 1536, 512) and made.lse_strides == (0, 5, 1)
+
+
+def test_a_batch_has_no_offsets_and_no_page_list() -> None:
+    call = check(**good_arguments())
+    problem = call.problem
+    assert (problem.ragged, problem.csr, problem.total_q, problem.typical_rows) == (False, False, 4, 6)
+    assert (call.cu_seqlens_q, call.page_indptr, call.page_count) == (0, 0, 0)
+    assert call.starts is None and call.indptr is None
 
 
 def test_given_outputs_bring_their_strides() -> None:
@@ -315,6 +419,46 @@ def test_check_inputs_names_the_first_bad_request(
     table = np.array([[0, 1, 2, -2], [3, 7, 8, 0]], np.int32)
     with pytest.raises(ArgumentError) as caught:
         check_inputs(block_table=convert(table), cache_seqlens=convert(np.array(lengths, np.int32)))
+    assert str(caught.value) == message
+
+
+def check_ragged_inputs(**changes: Any) -> None:
+    call = good_ragged_arguments() | {"lse": None} | changes
+    arrays = [call.pop(name) for name in ("q", "kv_cache", "block_table", "cache_seqlens")]
+    etap_rt.check_inputs(*arrays, **call)
+
+
+def as_ints(*values: int) -> Any:
+    return np.array(values, np.int32)
+
+
+def test_check_inputs_accepts_ragged_queries_and_page_lists() -> None:
+    unused = 2_147_480_000
+    indices = as_ints(unused, 6, 0, unused, 3, unused)
+    check_ragged_inputs(block_table=(indices, as_ints(1, 4, 6)), cache_seqlens=as_ints(128, 64))
+    check_ragged_inputs(block_table=(indices, as_ints(1, 3, 3)), cache_seqlens=as_ints(65, 0))
+    check_ragged_inputs(cu_seqlens_q=as_ints(0, 0, 5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cu_seqlens_q": as_ints(1, 2, 5)}, "cu_seqlens_q[0]: got 1, accepted is 0"),
+        ({"cu_seqlens_q": as_ints(0, 2, 4)}, "cu_seqlens_q[2]: got 4, accepted is 5 (query tokens)"),
+        ({"cu_seqlens_q": as_ints(0, 6, 5)}, "cu_seqlens_q[1]: got 6, accepted is 0 ... 5 (query tokens)"),
+        ({"cu_seqlens_q": as_ints(0, 3, 2)}, "cu_seqlens_q[2]: got 2, accepted is 3 ... 5 (query tokens)"),
+        ({"indptr": as_ints(0, 3, 7)}, "block_table[1][2]: got 7, accepted is 3 ... 6 (page indices)"),
+        ({"indptr": as_ints(0, -1, 6)}, "block_table[1][1]: got -1, accepted is 0 ... 6 (page indices)"),
+        ({"cache_seqlens": as_ints(129, 0)}, "cache_seqlens[0]: got 129, accepted is 0 ... 128 (2 pages * page_size)"),
+        ({"cache_seqlens": as_ints(-1, 0)}, "cache_seqlens[0]: got -1, accepted is 0 ... 128 (2 pages * page_size)"),
+        ({"cache_seqlens": as_ints(128, 193)}, "block_table[0][5]: got 7, accepted is 0 ... 6 (num_pages - 1)"),
+    ],
+)
+def test_check_inputs_names_the_first_bad_offset(changes: dict[str, Any], message: str) -> None:
+    others = {name: value for name, value in changes.items() if name != "indptr"}
+    table = (as_ints(0, 1, 2, 3, 4, 7), changes.get("indptr", as_ints(0, 2, 6)))
+    with pytest.raises(ArgumentError) as caught:
+        check_ragged_inputs(**others, block_table=table)
     assert str(caught.value) == message
 
 

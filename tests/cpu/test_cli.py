@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import pytest
 
 from etap_rt import cli, compiler, demo, doctor, driver
@@ -240,22 +241,35 @@ def test_the_cache_is_listed_and_cleared(capsys: pytest.CaptureFixture[str], tmp
     assert "Deleted 4 files." in run(capsys, "cache", "--clear")[1]
     assert run_json(capsys, "cache", "--clear")[1] == {
         "directory": str(tmp_path / "cache"),
+        "problem": None,
         "deleted_files": 0,
         "kernels": [],
     }
 
 
+@pytest.mark.usefixtures("sources")
+def test_a_cache_that_is_refused_is_listed_with_the_reason(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run(capsys, "compile")
+    (tmp_path / "cache").chmod(0o777)
+    assert f"No more can be kept: other users may write to {tmp_path / 'cache'}" in run(capsys, "cache")[1]
+    result = run_json(capsys, "cache")[1]
+    assert "chmod go-w" in result["problem"]
+    assert result["kernels"] == []
+
+
 def test_the_cache_without_a_place(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "cache_directory", lambda: None)
+    monkeypatch.delenv("ETAP_RT_CACHE_DIR", raising=False)
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda *arguments, **options: Path("~/.cache"))
     assert "0 kernels and no place for any; set ETAP_RT_CACHE_DIR." in run(capsys, "cache")[1]
     assert run_json(capsys, "cache")[1]["directory"] is None
 
 
-def test_an_error_of_the_package_is_one_line_and_status_1(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [EtapError("the reason"), PermissionError("the reason")], ids=repr)
+def test_an_error_that_people_can_mend_is_one_line_and_status_1(
+    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(step: demo.Step) -> None:
-        raise EtapError("the reason")
+        raise error
 
     monkeypatch.setattr(demo, "run", fail)
     assert cli.main(["demo"]) == 1

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import subprocess
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import pytest
 
-from etap_rt import compiler
+from etap_rt import compiler, disk_cache
 from etap_rt.compiler import Compiled
-from etap_rt.errors import CompileError, EtapError, UnsupportedError
-from etap_rt.kernels import KernelSpec
+from etap_rt.errors import ArgumentError, ArgumentTypeError, CompileError, EtapError, UnsupportedError
+from etap_rt.kernels import KernelSpec, kv_write_spec
 
 SOURCE = """
 #include "parts/outer.cuh"
@@ -70,7 +66,7 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
         made.write(name, text)
     monkeypatch.setattr(compiler, "source_directory", lambda: made.sources)
     monkeypatch.setattr(compiler, "_compiled", {})
-    monkeypatch.setattr(compiler, "_warned", False)
+    monkeypatch.setattr(disk_cache, "_warned", False)
     monkeypatch.setenv("ETAP_RT_CACHE_DIR", str(made.cache))
     return made
 
@@ -155,81 +151,6 @@ def test_contents_do_not_run_together_in_the_key() -> None:
     assert len({compiler._key(spec(), (), (13, 0), source, headers) for source, headers in pairs}) == len(pairs)
 
 
-def flip(path: Path, position: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 0x10
-    path.write_bytes(content)
-
-
-DAMAGES = {
-    "cubin cut off": lambda cubin, record: cubin.write_bytes(cubin.read_bytes()[:-100]),
-    "cubin empty": lambda cubin, record: cubin.write_bytes(b""),
-    "cubin longer": lambda cubin, record: cubin.write_bytes(cubin.read_bytes() + b"\0"),
-    "cubin changed": lambda cubin, record: flip(cubin, 1500),
-    "cubin gone": lambda cubin, record: cubin.unlink(),
-    "record cut off": lambda cubin, record: record.write_bytes(record.read_bytes()[:-10]),
-    "record empty": lambda cubin, record: record.write_bytes(b""),
-    "record not JSON": lambda cubin, record: record.write_bytes(b"\xff\x00" * 100),
-    "record of another kind": lambda cubin, record: record.write_text("[1, 2]"),
-    "record without a cubin": lambda cubin, record: record.write_text('{"checksum": "", "record": {}}'),
-    "log changed": lambda cubin, record: record.write_text(record.read_text().replace("registers", "Registers")),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_entry_is_noticed_and_rebuilt(workshop: Workshop, damage: str) -> None:
-    whole = workshop.compile()
-    assert whole.path is not None
-    (record,) = workshop.cache.glob("*.json")
-    DAMAGES[damage](whole.path, record)
-    rebuilt = workshop.compile()
-    assert not rebuilt.from_cache
-    assert (rebuilt.cubin, rebuilt.path) == (whole.cubin, whole.path)
-    assert whole.path.read_bytes() == whole.cubin
-    assert workshop.compile().from_cache
-
-
-ONE_OF_EIGHT = """
-import hashlib, pathlib, sys
-from etap_rt import compiler
-from etap_rt.kernels import KernelSpec
-compiler.source_directory = lambda: pathlib.Path(sys.argv[1])
-compiler.nvrtc_version()
-print("ready", flush=True)
-sys.stdin.readline()
-compiled = compiler.compile_spec(KernelSpec("k.cu", "k", (("VALUE", 3),)))
-assert compiled.path.read_bytes() == compiled.cubin
-print(hashlib.sha256(compiled.cubin).hexdigest(), flush=True)
-"""
-
-
-def test_eight_processes_at_once_all_get_the_kernel(workshop: Workshop) -> None:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", ONE_OF_EIGHT, str(workshop.sources)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )
-        for _ in range(8)
-    ]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    results = []
-    for process in processes:  # the first line starts each of them; none waits for another
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    for process in processes:
-        results.append(process.communicate()[0].strip())
-        assert process.returncode == 0
-    assert len(set(results)) == 1
-    assert [path.suffix for path in workshop.files] == [".json", ".cubin"]
-    assert workshop.compile().from_cache
-
-
 def test_eight_threads_at_once_compile_one_time(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
@@ -260,66 +181,6 @@ def test_an_error_in_another_process_arrives_whole(workshop: Workshop) -> None:
         compiler.compile_specs([KernelSpec("k.cu", "k", ()), KernelSpec("k.cu", "k", (("X", 1),))])
     assert 'identifier "VALUE" is undefined' in caught.value.log
     assert caught.value.spec in (KernelSpec("k.cu", "k", ()), KernelSpec("k.cu", "k", (("X", 1),)))
-
-
-@pytest.mark.parametrize("place", ["below a file", "a file", "no user cache directory", "full disk"])
-def test_without_a_place_to_write_kernels_stay_in_memory_with_one_warning(
-    workshop: Workshop, place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "file").write_text("")
-    if place == "no user cache directory":
-        monkeypatch.delenv("ETAP_RT_CACHE_DIR")
-        monkeypatch.setattr(platformdirs, "user_cache_path", lambda *arguments, **options: Path("~/.cache/etap_rt"))
-    elif place == "full disk":
-
-        def full(path: Path, content: bytes) -> int:
-            with path.open("wb") as file:
-                file.write(content[:10])
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(Path, "write_bytes", full)
-    else:
-        monkeypatch.setenv("ETAP_RT_CACHE_DIR", str(tmp_path / "file" / ("x" if place == "below a file" else "")))
-
-    with pytest.warns(RuntimeWarning, match="ETAP_RT_CACHE_DIR") as caught:
-        first = compiler.compile_spec(spec())
-        assert compiler.compile_spec(spec()) is first, "memory still works"
-        second = compiler.compile_spec(spec(VALUE=5))
-    assert len(caught) == 1
-    assert first.path is None
-    assert second.path is None
-    assert first.cubin.startswith(b"\x7fELF")
-    assert workshop.files == [], "nothing half-written is left"
-    assert compiler.cache_entries() == []
-    assert compiler.clear_cache() == 0
-
-
-def test_a_cache_that_can_only_be_read_is_used_without_a_warning(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    workshop.compile()
-
-    def refuse(path: Path, content: bytes) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(compiler, "_write_file", refuse)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert workshop.compile().from_cache
-
-
-def test_the_environment_says_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("ETAP_RT_CACHE_DIR", str(tmp_path / "there"))
-    assert compiler.cache_directory() == tmp_path / "there"
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("ETAP_RT_CACHE_DIR", "~/kernels")
-    assert compiler.cache_directory() == tmp_path / "kernels"
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ETAP_RT_CACHE_DIR", "kernels")
-    assert compiler.cache_directory() == tmp_path / "kernels"
-    monkeypatch.setenv("ETAP_RT_CACHE_DIR", "")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert compiler.cache_directory() == platformdirs.user_cache_path("etap_rt", appauthor=False)
 
 
 def test_a_compile_error_says_what_was_compiled_how_and_why_not(workshop: Workshop) -> None:
@@ -422,28 +283,162 @@ def test_a_log_without_a_report_is_an_error() -> None:
         compiler.build_report(Compiled(spec(), "sm_90a", b"", None, "ptxas says nothing", (), 0.0, False))
 
 
-def test_entries_are_listed_and_cleared_and_other_files_left_alone(workshop: Workshop) -> None:
-    workshop.compile()
-    kept = workshop.compile("other")
-    (workshop.cache / "notes.json").write_text("mine")
-    (workshop.cache / f".tmp-{'0' * 16}").write_text("left by a process that was killed")
-    listed = compiler.cache_entries()
-    assert [entry.spec for entry in listed] == [str(spec()), str(spec("other"))]
-    assert (listed[1].path, listed[1].size_bytes, listed[1].arch) == (kept.path, len(kept.cubin), "sm_90a")
-    listed[0].path.write_bytes(b"broken")
-    assert [entry.spec for entry in compiler.cache_entries()] == [str(spec("other"))]
-    assert compiler.clear_cache() == 5
-    assert [path.name for path in workshop.files] == ["notes.json"]
-    assert compiler.cache_entries() == []
-    assert not workshop.compile().from_cache
-
-
 def test_records_are_json_that_people_can_read(workshop: Workshop) -> None:
     workshop.compile()
     (path,) = workshop.cache.glob("*.json")
     record = json.loads(path.read_text())["record"]
     assert record["spec"] == "k[VALUE=3]"
     assert "registers" in record["log"]
+
+
+# ---- kernel_sources ----
+
+CHANGED = "#pragma once\n__device__ float inner() { return 2.0f; }\n"
+
+
+@pytest.fixture
+def own_sources(workshop: Workshop, tmp_path: Path) -> Path:
+    """A directory that replaces one header of the workshop's sources."""
+    directory = tmp_path / "my sources"
+    (directory / "parts").mkdir(parents=True)
+    (directory / "parts" / "inner.cuh").write_text(CHANGED)
+    (directory / "notes.txt").write_bytes(b"\xff no source")
+    return directory
+
+
+def test_sources_of_ones_own_replace_the_shipped_ones_of_the_same_path(workshop: Workshop, own_sources: Path) -> None:
+    shipped = workshop.compile()
+    with compiler.kernel_sources(own_sources):
+        own = workshop.compile()
+        assert not own.from_cache
+        assert workshop.compile().from_cache, "kept on disk as any other"
+    assert own.cubin != shipped.cubin
+    again = workshop.compile()
+    assert again.from_cache and again.cubin == shipped.cubin
+
+    workshop.write("parts/inner.cuh", CHANGED.replace("2.0f", "5.0f"))
+    with compiler.kernel_sources(str(own_sources)):
+        assert workshop.compile().from_cache, "what is replaced does not matter"
+    workshop.write(
+        "parts/outer.cuh", '#pragma once\n#include "parts/inner.cuh"\n__device__ float outer() { return 0; }'
+    )
+    with compiler.kernel_sources(own_sources):
+        assert not workshop.compile().from_cache, "what is not replaced does"
+
+
+def test_sources_of_ones_own_may_include_new_files(workshop: Workshop, own_sources: Path) -> None:
+    (own_sources / "new").mkdir()
+    (own_sources / "new" / "value.h").write_text("#define NEW_VALUE 2.0f\n")
+    (own_sources / "parts" / "inner.cuh").write_text('#include "new/value.h"\n' + CHANGED.replace("2.0f", "NEW_VALUE"))
+    with compiler.kernel_sources(own_sources):
+        assert workshop.compile().cubin.startswith(b"\x7fELF")
+
+
+def test_errors_in_sources_of_ones_own_lead_to_the_file_and_line(workshop: Workshop, own_sources: Path) -> None:
+    (own_sources / "k.cu").write_text(SOURCE.replace("VALUE", "nothing"))
+    (own_sources / "parts" / "inner.cuh").write_text(CHANGED.replace("2.0f", "nonsense"))
+    with compiler.kernel_sources(own_sources), pytest.raises(CompileError) as caught:
+        workshop.compile()
+    assert f'{own_sources}/parts/inner.cuh(2): error: identifier "nonsense" is undefined' in caught.value.log
+    assert f'{own_sources}/k.cu(3): error: identifier "nothing" is undefined' in caught.value.log
+
+
+def test_the_key_of_the_sources_follows_their_contents(workshop: Workshop, own_sources: Path) -> None:
+    def key() -> object:
+        with compiler.kernel_sources(own_sources):
+            return compiler.source_key()
+
+    first = key()
+    assert compiler.source_key() is None
+    assert first is not None
+    assert key() == first and hash(key()) == hash(first)
+    (own_sources / "notes.txt").write_text("changed")
+    assert key() == first
+    (own_sources / "parts" / "inner.cuh").write_text(CHANGED + "\n")
+    second = key()
+    assert second != first
+    (own_sources / "parts" / "inner.cuh").rename(own_sources / "k.cu")
+    assert key() not in (first, second)
+
+
+def test_sources_are_read_once_when_they_are_entered(workshop: Workshop, own_sources: Path) -> None:
+    with compiler.kernel_sources(own_sources):
+        (own_sources / "parts" / "inner.cuh").write_text("#error changed while in use\n")
+        workshop.compile()
+
+
+def test_sources_end_with_the_block_and_the_inner_one_counts_alone(workshop: Workshop, own_sources: Path) -> None:
+    other = own_sources.parent / "other"
+    other.mkdir()
+    (other / "k.cu").write_text(SOURCE + "// mine\n")
+    with compiler.kernel_sources(own_sources):
+        outer = compiler.source_key()
+        with pytest.raises(KeyError), compiler.kernel_sources(other):
+            assert set(compiler._job(spec(), "sm_90a").headers) == {"parts/outer.cuh", "parts/inner.cuh"}
+            assert compiler._job(spec(), "sm_90a").headers["parts/inner.cuh"] == HEADERS["parts/inner.cuh"].encode()
+            raise KeyError
+        assert compiler.source_key() == outer
+    assert compiler.source_key() is None
+
+
+def test_sources_hold_for_one_thread(workshop: Workshop, own_sources: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with compiler.kernel_sources(own_sources), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(compiler.source_key).result() is None
+        assert compiler.source_key() is not None
+
+
+def test_kernels_of_other_sources_are_loaded_beside_the_shipped_ones(
+    workshop: Workshop, own_sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler, "_loaded", {})
+    monkeypatch.setattr(compiler, "require_hopper", lambda device: None)
+    monkeypatch.setattr(compiler.driver, "load_kernel", lambda cubin, entry, device: cubin)
+    shipped: Any = compiler.load(spec(), 0)
+    with compiler.kernel_sources(own_sources):
+        own: Any = compiler.load(spec(), 0)
+        assert compiler.load(spec(), 0) is own
+    assert own != shipped
+    assert compiler.load(spec(), 0) is shipped
+
+
+def test_processes_that_compile_get_the_sources_of_ones_own(workshop: Workshop, own_sources: Path) -> None:
+    specs = [spec(VALUE=8), spec(VALUE=9)]
+    with compiler.kernel_sources(own_sources):
+        in_processes = [compiled.cubin for compiled in compiler.compile_specs(specs)]
+        assert all(workshop.compile(VALUE=value).from_cache for value in (8, 9))
+    assert workshop.compile(VALUE=8).cubin not in in_processes
+
+
+def test_directories_that_replace_nothing_are_refused(workshop: Workshop, tmp_path: Path) -> None:
+    for directory, message in (
+        (tmp_path / "none", f"directory: got {tmp_path / 'none'}, accepted is a directory that exists"),
+        (
+            tmp_path / "empty",
+            f"directory: got {tmp_path / 'empty'}, with no sources, accepted is one with a file named",
+        ),
+        (tmp_path / "typo", f"directory: got {tmp_path / 'typo'}, with kk.cu, accepted is one with a file named"),
+    ):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        (tmp_path / "typo").mkdir(exist_ok=True)
+        (tmp_path / "typo" / "kk.cu").write_text(SOURCE)
+        with pytest.raises(ArgumentError) as caught, compiler.kernel_sources(directory):
+            pytest.fail("entered")
+        assert str(caught.value).startswith(message)
+    with pytest.raises(ArgumentTypeError, match="directory: got 7, accepted is a path"), compiler.kernel_sources(7):  # type: ignore[arg-type]
+        pytest.fail("entered")
+
+
+def test_shipped_kernels_compile_from_sources_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ETAP_RT_CACHE_DIR", str(tmp_path / "cache"))
+    own = tmp_path / "own"
+    own.mkdir()
+    source = (compiler.source_directory() / "kv_write.cu").read_text()
+    (own / "kv_write.cu").write_text(source + 'extern "C" __global__ void mine() {}\n')
+    with compiler.kernel_sources(own):
+        assert "mine" in compiler.compile_spec(kv_write_spec()).log
+    assert "'mine'" not in compiler.compile_spec(kv_write_spec()).log
 
 
 def test_the_sources_of_a_checkout_are_found() -> None:

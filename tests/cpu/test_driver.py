@@ -7,13 +7,15 @@ library, so a pointer that is passed as a plain int arrives cut off.
 from __future__ import annotations
 
 import ctypes
+import os
+import re
 from collections.abc import Callable, Iterator
 from ctypes import POINTER, Structure, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p
 from typing import Any
 
 import pytest
 
-from etap_rt import compiler, driver
+from etap_rt import compiler, driver, interop
 from etap_rt.errors import EtapError, UnsupportedError
 from etap_rt.kernels import KernelSpec
 
@@ -21,6 +23,7 @@ HANDLE, STREAM, CONTEXT, MODULE = 0x7F00_1234_5678, 0x5500_AABB_CCDD, 0x5611_223
 NOT_INITIALIZED, NO_DEVICE, INVALID_IMAGE, INVALID_CONTEXT, INVALID_HANDLE = 3, 100, 200, 201, 400
 ERROR_NAMES = {
     1: b"CUDA_ERROR_INVALID_VALUE",
+    NOT_INITIALIZED: b"CUDA_ERROR_NOT_INITIALIZED",
     NO_DEVICE: b"CUDA_ERROR_NO_DEVICE",
     INVALID_IMAGE: b"CUDA_ERROR_INVALID_IMAGE",
     INVALID_HANDLE: b"CUDA_ERROR_INVALID_HANDLE",
@@ -332,3 +335,54 @@ def test_memory_is_allocated_while_another_stream_is_captured(cuda: FakeCuda) ->
     size = 2**33
     assert driver.allocate_zeroed(0, size) == HANDLE
     assert cuda.calls("allocate") == [(size, RELAXED, [CONTEXT])]
+
+
+# ---- Forks ----
+
+
+def in_forked_process(work: Callable[[], Any]) -> str:
+    """What `work` raises in a process that is forked now; empty if nothing."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        text = ""
+        try:
+            work()
+        except BaseException as error:
+            text = f"{type(error).__name__}: {error}"
+        os.write(writer, text.encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    return text
+
+
+FORKED = r"UnsupportedError: process \d+ was forked after CUDA had been started.*needed: .*get_context\("
+
+
+def test_a_process_that_is_forked_after_the_first_call_is_told_so(cuda: FakeCuda) -> None:
+    driver.device_count()
+    kernel = driver.Kernel("k", HANDLE, 0)
+    layout = interop.Layout("torch", "float32", "cuda", 0, (1,), (1,))
+    for work in (
+        driver.device_count,
+        lambda: driver.capturing(STREAM),
+        lambda: driver.load_kernel(b"\x7fELF", "k", 0),
+        lambda: interop.empty(layout, None, (1,), "float32"),
+        lambda: in_forked_process(driver.device_count) and driver.device_count(),
+    ):
+        assert re.match(FORKED, in_forked_process(work))
+    cuda.fail["cuLaunchKernel"] = [NOT_INITIALIZED]
+    assert re.match(FORKED, in_forked_process(lambda: launch(kernel)))
+    assert driver.device_count() == 1, "the parent goes on"
+
+
+def test_a_process_that_is_forked_before_works(cuda: FakeCuda) -> None:
+    assert in_forked_process(driver.device_count) == ""
+    cuda.fail["cuInit"] = [NOT_INITIALIZED]  # as when torch or CuPy had started CUDA before
+    assert re.match(FORKED, in_forked_process(driver.device_count))
+    cuda.fail["cuInit"] = [NOT_INITIALIZED]
+    with pytest.raises(UnsupportedError, match="does not start"):
+        driver.device_count()

@@ -1,0 +1,182 @@
+"""What users may rely on: the public names with their signatures, types and descriptions.
+
+A change here is a change of the interface: it belongs into CHANGELOG.md, and what worked before goes on working for
+one minor version, with a DeprecationWarning that names the replacement.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import etap_rt
+
+_DECODE = "(q, kv_cache, block_table, cache_seqlens, *, softmax_scale, causal=True, cu_seqlens_q=None, "
+_DECODE += "out=None, lse=None, return_lse=False)"
+API = {
+    "ArgumentError": "class of EtapError, ValueError",
+    "ArgumentTypeError": "class of EtapError, TypeError",
+    "CompileError": "class of EtapError",
+    "CompileError.__init__": "(self, spec, options, log)",
+    "DecodePlan": "class",
+    "DecodePlan.lse": "attribute",
+    "DecodePlan.out": "attribute",
+    "DecodePlan.run": "(self, q)",
+    "EtapError": "class of Exception",
+    "OutOfPagesError": "class of EtapError",
+    "OutOfPagesError.__init__": "(self, asked, free)",
+    "PagedKVCache": "class",
+    "PagedKVCache.__init__": (
+        "(self, num_pages, page_size=64, num_layers=1, latent_dim=512, rope_dim=64, dtype='bfloat16', device='cuda', "
+        "*, max_batch=256, max_pages_per_sequence=None)"
+    ),
+    "PagedKVCache.batch": "(self, sequences, rows=None)",
+    "PagedKVCache.device": "attribute",
+    "PagedKVCache.dtype": "attribute",
+    "PagedKVCache.export": "(self, sequence, path=None)",
+    "PagedKVCache.fork": "(self, sequence)",
+    "PagedKVCache.free": "(self, sequence)",
+    "PagedKVCache.import_": "(self, source)",
+    "PagedKVCache.latent_dim": "attribute",
+    "PagedKVCache.length": "(self, sequence)",
+    "PagedKVCache.max_batch": "attribute",
+    "PagedKVCache.max_pages_per_sequence": "attribute",
+    "PagedKVCache.new_sequence": "(self)",
+    "PagedKVCache.num_layers": "attribute",
+    "PagedKVCache.num_pages": "attribute",
+    "PagedKVCache.page_size": "attribute",
+    "PagedKVCache.pages": "(self, layer)",
+    "PagedKVCache.reserve": "(self, sequences, counts, *, out=None)",
+    "PagedKVCache.rope_dim": "attribute",
+    "PagedKVCache.sequences": "attribute",
+    "PagedKVCache.stats": "(self)",
+    "PagedKVCache.truncate": "(self, sequence, length)",
+    "PagedKVCache.write": "(self, layer, slots, latent, rope)",
+    "SequenceError": "class of EtapError, ValueError",
+    "UnsupportedError": "class of EtapError",
+    "UnsupportedError.__init__": "(self, what, needed)",
+    "check_inputs": _DECODE,
+    "mla_decode": _DECODE,
+    "plan_decode": _DECODE,
+}
+RESULTS = {
+    "Batch": ("block_table", "cache_seqlens"),
+    "CacheStats": ("total", "free", "used", "shared", "tokens", "bytes"),
+    "SequenceTokens": ("latent", "rope"),
+}
+# Objects that `plan_decode` and not users make.
+NOT_CALLED_BY_USERS = ("DecodePlan.__init__",)
+
+# Parameters that take arrays, wherever they occur.
+ARRAYS = {"q", "kv_cache", "block_table", "cache_seqlens", "cu_seqlens_q", "out", "lse", "slots", "latent", "rope"}
+SHAPE = re.compile(r"\((?:b|m|n|total_q|num_pages|num_layers)\b[^)]*,[^)]*\)|shape")
+DTYPE = re.compile(r"bfloat16|float16|float32|int32|dtype")
+ERROR = re.compile(r"\b[Rr]aises?\b")
+SAME_AS_DECODE = "`mla_decode`"
+
+
+def members() -> Iterator[tuple[str, Any]]:
+    """Every public name with its object; public members of classes, made here and not inherited, by Class.member."""
+    for name in etap_rt.__all__:
+        found = getattr(etap_rt, name)
+        yield name, found
+        if inspect.isclass(found):
+            for member, value in vars(found).items():
+                own_init = member == "__init__" and callable(value)
+                if (own_init or not member.startswith("_")) and f"{name}.{member}" not in NOT_CALLED_BY_USERS:
+                    yield f"{name}.{member}", value
+
+
+def describe(found: Any) -> str:
+    """A class with its public bases, an attribute, or a signature without types."""
+    if inspect.isclass(found):
+        bases = [base.__name__ for base in found.__mro__[1:] if not base.__name__.startswith("_")]
+        known = [base for base in bases if base in ("EtapError", "ValueError", "TypeError")]
+        bases = known or [base for base in bases if base == "Exception"]
+        return f"class of {', '.join(bases)}" if bases else "class"
+    if not callable(found):
+        return "attribute"
+    signature = inspect.signature(found)
+    plain = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    return str(signature.replace(parameters=plain, return_annotation=inspect.Signature.empty))
+
+
+def functions() -> list[Any]:
+    return [
+        pytest.param(name, found, id=name)
+        for name, found in members()
+        if callable(found) and not inspect.isclass(found)
+    ]
+
+
+def test_names_and_signatures_are_those_that_were_promised() -> None:
+    found = {name: describe(value) for name, value in members()}
+    changes = [f"missing: {name}: {API[name]}" for name in API.keys() - found.keys()]
+    changes += [f"new: {name!r}: {found[name]!r}," for name in found.keys() - API.keys()]
+    changes += [
+        f"{n!r}: promised {API[n]!r}, found {found[n]!r}" for n in API.keys() & found.keys() if API[n] != found[n]
+    ]
+    assert not changes, "\n".join(["the interface changed:", *sorted(changes)])
+
+
+def test_all_is_sorted_and_nothing_else_looks_public() -> None:
+    assert sorted(etap_rt.__all__) == etap_rt.__all__
+    public = {name for name, value in vars(etap_rt).items() if not name.startswith("_") and not inspect.ismodule(value)}
+    assert public - {"annotations"} == set(etap_rt.__all__)
+
+
+def test_results_have_the_fields_that_were_promised() -> None:
+    from etap_rt import kv_cache
+
+    assert {name: getattr(kv_cache, name)._fields for name in RESULTS} == RESULTS
+
+
+@pytest.mark.parametrize(("name", "function"), functions())
+def test_every_parameter_and_result_has_a_type(name: str, function: Callable[..., Any]) -> None:
+    signature = inspect.signature(function)
+    for parameter in signature.parameters.values():
+        assert parameter.name == "self" or parameter.annotation is not inspect.Parameter.empty, parameter.name
+    assert signature.return_annotation is not inspect.Signature.empty
+
+
+@pytest.mark.parametrize("name", [name for name, found in members() if not name.endswith("__init__")])
+def test_everything_public_is_described(name: str) -> None:
+    found = dict(members())[name]
+    if describe(found) == "attribute":  # its class says what it is, or its name does
+        return
+    text = inspect.getdoc(found) or ""
+    assert text and text[0].isupper() and "." in text
+
+
+@pytest.mark.parametrize(("name", "function"), functions())
+def test_what_takes_arrays_tells_their_shapes_and_dtypes_and_the_errors(
+    name: str, function: Callable[..., Any]
+) -> None:
+    arrays = ARRAYS & inspect.signature(function).parameters.keys()
+    if not arrays or name.endswith("__init__"):
+        return
+    class_name, _, method = name.rpartition(".")
+    text = inspect.getdoc(function) or ""
+    about_errors = text + (inspect.getdoc(getattr(etap_rt, class_name)) or "" if method and class_name else "")
+    assert ERROR.search(about_errors)
+    if SAME_AS_DECODE in text:
+        return
+    for array in arrays:
+        assert re.search(rf"\b{array}\b|`{array}`", text), f"{array} is not described"
+    assert SHAPE.search(text) and DTYPE.search(text)
+    if "Args:" in text:
+        described = set(re.findall(r"^ {4}(\w+(?:, \w+)*):", text, re.MULTILINE))
+        names = {name for group in described for name in group.split(", ")}
+        assert names - {"Returns", "Raises"} >= inspect.signature(function).parameters.keys() - {"self"}
+
+
+def test_errors_of_arguments_say_what_was_given_and_what_is_accepted() -> None:
+    for error, base in ((etap_rt.ArgumentError, ValueError), (etap_rt.ArgumentTypeError, TypeError)):
+        raised = error("q", "this", "that")
+        assert isinstance(raised, base) and isinstance(raised, etap_rt.EtapError)
+        assert str(raised) == "q: got this, accepted is that"
+        assert (raised.argument, raised.given, raised.accepted) == ("q", "this", "that")
