@@ -111,7 +111,8 @@ struct Params {
     int page_size;
     int page_tiles;  // key tiles of a page, 1 for pages smaller than a tile
     int tile_pages;  // pages of a key tile, 1 for pages that hold whole tiles
-    int gather;      // pages are so small that threads copy the rows of a tile rather than the copy engine
+    int gather;      // pages are so small that threads copy the rows of a tile rather than the copy engine:
+                     // log2(page_size) + 1, 0 for larger pages
     int lanes;
     int share;  // lanes of each unit when they are shared out evenly, 0 when there are more units than lanes
     int row_groups;
@@ -419,7 +420,7 @@ __device__ __forceinline__ void produce_tile(const Params& p, Shared& s, const P
 // parts l and l + 32.
 __device__ __forceinline__ void gather_tile(const Params& p, Shared& s, const Place& first, int page, int second) {
     const int l = threadIdx.x % 32, warp = uniform(threadIdx.x / 32 - CONSUMER_WARPS);
-    const int piece = l % 8;
+    const int piece = l % 8, shift = p.gather - 1;
 #pragma unroll 1
     for (int j = warp; j < TILE_CHUNKS; j += PRODUCER_WARPS) {
         const Place place = first.ahead(j);
@@ -431,10 +432,10 @@ __device__ __forceinline__ void gather_tile(const Params& p, Shared& s, const Pl
         mbarrier_wait(shared_address(&s.chunk_empty[place.slot]), place.parity ^ 1);
 #pragma unroll 8
         for (int i = 0; i < TILE_KEYS / 4; ++i) {
-            const int row = i * 4 + l / 8, part = row / p.page_size;
-            const int id = __shfl_sync(~0u, p.page_size == 1 && i >= TILE_KEYS / 8 ? second : page, part % 32);
+            const int row = i * 4 + l / 8, part = row >> shift;
+            const int id = __shfl_sync(~0u, part < 32 ? page : second, part % 32);
             copy_16_bytes(target + i * 4 * 128 + ((piece ^ (row & 7)) << 4),
-                          source + id * page_stride + (row - part * p.page_size) * token_stride, true);
+                          source + id * page_stride + (row - (part << shift)) * token_stride, true);
         }
         copy_arrive(shared_address(&s.chunk_full[place.slot]));
     }
@@ -528,13 +529,19 @@ struct Consumer {
         if (lane == 0) mbarrier_arrive(shared_address(&s.chunk_empty[place.slot]));
     }
 
-    __device__ __forceinline__ void release_own_blocks() {
-#pragma unroll
-        for (int b = 0; b < OWN_BLOCKS; ++b) release(here.ahead(own_chunk(b)));
-    }
-
     __device__ __forceinline__ u32 slot_descriptor(int slot) const {
         return operand_descriptor(shared_address(s.ring)) + slot * (CHUNK_BYTES >> 4);
+    }
+
+    // What threads copied are ordinary writes. Apart from the products, which would wait for each other around it.
+    __device__ __forceinline__ void fence_gathered(const Place& first, int from, int to) {
+        Place place = first.ahead(from);
+#pragma unroll 1
+        for (int j = from; j < to; ++j) {
+            mbarrier_wait(shared_address(&s.chunk_full[place.slot]), place.parity);
+            place = place.ahead(1);
+        }
+        fence_async_proxy();
     }
 
     // S^T += K Q^T for chunks [from, to) of the tile that begins at `first`, as they arrive; complete on return.
@@ -544,12 +551,12 @@ struct Consumer {
         if (from == 0)
 #pragma unroll
             for (int i = 0; i < ROWS / 2; ++i) x[i] = 0.0f;
+        if (p.gather) fence_gathered(first, from, to);
         Place place = first.ahead(from);
         u32 q = operand_descriptor(shared_address(s.q)) + from * (Q_CHUNK_BYTES >> 4);
 #pragma unroll 1
         for (int j = from; j < to; ++j) {
             mbarrier_wait(shared_address(&s.chunk_full[place.slot]), place.parity);
-            if (p.gather) fence_async_proxy();  // the copies of threads are ordinary writes
             wgmma_fence();
             const u32 k = slot_descriptor(place.slot);
 #pragma unroll
@@ -563,7 +570,7 @@ struct Consumer {
         pin(x);
     }
 
-    // O^T += V^T P^T for this warpgroup's dims of the tile at hand; complete on return.
+    // O^T += V^T P^T for this warpgroup's dims of the tile at hand, and their chunks are released; complete on return.
     __device__ __forceinline__ void multiply_output(int tile) {
         const u32 weights = operand_descriptor(shared_address(s.p) + u32(tile & 1) * P_BYTES);
         wgmma_fence();
@@ -574,9 +581,10 @@ struct Consumer {
             for (int step = 0; step < TILE_KEYS / 16; ++step)
                 wgmma<ROWS, IS_BF16, true>(o[b], v + step * M_MAJOR_STEP, weights + step * K_MAJOR_STEP,
                                            step > 0 || tile > 0);
+            wgmma_commit();
         }
-        wgmma_commit();
-        wgmma_wait<0>();
+        // A chunk is free for the next keys as soon as its own products are done.
+        wgmma_wait_each<OWN_BLOCKS - 1>([&](int done) { release(here.ahead(own_chunk(done))); });
         pin_output();
     }
 
@@ -731,7 +739,6 @@ struct Consumer {
             wait_weights(i);
             if (i == tiles - 1 && tail < TILE_KEYS) zero_values_past(tail);
             multiply_output(i);
-            release_own_blocks();
             here = here.ahead(TILE_CHUNKS);
         }
     }
@@ -1133,7 +1140,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
     const int lane = p.by_row_groups(blockIdx.x), row_group = blockIdx.x - lane * p.row_groups;
     const int warp = uniform(threadIdx.x / 32);
 
+    let_dependents_start();
     init_barriers(p, s, warp);
+    wait_for_predecessor();
     if (warp == COORDINATOR_WARP - 1) prefetch_inputs(p, lane);
     const Start start = find_start(p, lane);
     __syncthreads();  // the barriers are initialised

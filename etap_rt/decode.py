@@ -239,7 +239,7 @@ def make_params(problem: Problem, grid: Grid) -> Params:
     params.page_size = problem.page_size
     params.page_tiles = max(1, problem.page_size // TILE_KEYS)
     params.tile_pages = max(1, TILE_KEYS // problem.page_size)
-    params.gather = problem.page_size <= GATHERED_PAGE
+    params.gather = problem.page_size.bit_length() if problem.page_size <= GATHERED_PAGE else 0
     params.lanes, params.row_groups, params.passes = grid.lanes, grid.row_groups, grid.passes
     params.by_heads, params.by_page_tiles = divider(params.heads), divider(params.page_tiles)
     params.by_lanes = divider(params.lanes)
@@ -264,7 +264,9 @@ class _Launch:
         spec = decode_spec(problem.element, problem.latent_dim, problem.rope_dim, self.grid.rows)
         self.kernel = compiler.load(spec, problem.device)
         self.params = make_params(problem, self.grid)
-        self.params_address = ctypes.addressof(self.params)
+        self.prepared = driver.PreparedLaunch(
+            self.kernel, self.grid.ctas, THREADS, SHARED_BYTES, ctypes.addressof(self.params)
+        )
         self.maps: dict[tuple[int, int], bytes] = {}
         self.maps_in_place: tuple[int, int] | None = None
         strides = [*problem.q_strides, *problem.q_rope_strides]
@@ -310,7 +312,7 @@ class _Launch:
             )
             if self.problem.csr:
                 self.params.max_pages = call.page_count
-            self.kernel.launch(self.grid.ctas, THREADS, SHARED_BYTES, stream, self.params_address)
+            self.prepared.launch(stream)
 
     def _make_maps(self, call: Call) -> bytes:
         problem = self.problem

@@ -25,6 +25,7 @@ TENSOR_MAP_ALIGNMENT = 64  # of the buffer that cuTensorMapEncodeTiled writes, a
 
 # Values of enums in cuda.h.
 _CUDA_ERROR_NOT_INITIALIZED = 3
+_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6
 _CUDA_ERROR_INVALID_IMAGE = 200
 _CUDA_ERROR_INVALID_CONTEXT = 201
 _CUDA_ERROR_NO_BINARY_FOR_GPU = 209
@@ -64,6 +65,7 @@ _FUNCTIONS = (
     "cuModuleGetFunction",
     "cuFuncSetAttribute",
     "cuLaunchKernel",
+    "cuLaunchKernelEx",
     "cuStreamGetCaptureInfo_v2",
     "cuThreadExchangeStreamCaptureMode",
     "cuTensorMapEncodeTiled",
@@ -103,16 +105,17 @@ class Kernel:
         `stream` is a CUstream, 0 for the legacy default stream. The kernel has one parameter, passed by value:
         it is read from the host address `params_address` before this returns.
         """
-        if shared_bytes > self._shared_limit:
-            self._allow_shared(shared_bytes)
+        self.allow_shared(shared_bytes)
         parameters = byref(c_void_p(params_address))
         arguments = (self._function, grid, 1, 1, block, 1, 1, shared_bytes, c_void_p(stream), parameters, None)
         status = self._launch(*arguments)
         if status:
             self._launch_again(status, arguments)
 
-    def _allow_shared(self, shared_bytes: int) -> None:
-        """Raise the function's limit of dynamic shared memory, 48 KiB unless asked."""
+    def allow_shared(self, shared_bytes: int) -> None:
+        """Raise the function's limit of dynamic shared memory, 48 KiB unless asked, to at least `shared_bytes`."""
+        if shared_bytes <= self._shared_limit:
+            return
         with _primary_context(self.device):
             status = _libcuda().cuFuncSetAttribute(
                 self._function, _FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes
@@ -131,6 +134,57 @@ class Kernel:
                 status = self._launch(*arguments)
         _, grid, _, _, block, _, _, shared_bytes, *_ = arguments
         _check(status, "cuLaunchKernel", f"{self!r}, {grid} CTAs of {block} threads, {shared_bytes} bytes shared")
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h; its value is a union of 64 bytes."""
+
+    _fields_ = [("id", c_uint), ("padding", c_uint), ("value", c_uint * 16)]
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = [
+        ("grid", c_uint * 3),
+        ("block", c_uint * 3),
+        ("shared_bytes", c_uint),
+        ("stream", c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("attribute_count", c_uint),
+    ]
+
+
+class PreparedLaunch:
+    """Launches of one kernel that differ in the stream alone. Not to be used by two threads at once.
+
+    The kernel may start while the previous one of the stream
+    still runs, and has to wait for it itself (PTX manual, "griddepcontrol.wait").
+    """
+
+    __slots__ = ("_arguments", "_attributes", "_config", "_kernel", "_launch")
+
+    def __init__(self, kernel: Kernel, grid: int, block: int, shared_bytes: int, params_address: int) -> None:
+        kernel.allow_shared(shared_bytes)
+        self._kernel = kernel
+        self._attributes = (_LaunchAttribute * 1)()
+        self._attributes[0].id = _LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        self._attributes[0].value[0] = 1
+        self._config = _LaunchConfig((grid, 1, 1), (block, 1, 1), shared_bytes, None, self._attributes, 1)
+        parameters = ctypes.pointer(c_void_p(params_address))
+        self._arguments = (byref(self._config), c_void_p(kernel.handle), parameters, None)
+        self._launch = _libcuda().cuLaunchKernelEx
+
+    def launch(self, stream: int) -> None:
+        """Launch on `stream`, a CUstream. The parameter is read from the host before this returns."""
+        self._config.stream = stream
+        status = self._launch(*self._arguments)
+        if status in (_CUDA_ERROR_INVALID_CONTEXT, _CUDA_ERROR_INVALID_HANDLE):
+            # As in Kernel.launch: once more with the device's context current.
+            with _primary_context(self._kernel.device):
+                status = self._launch(*self._arguments)
+        if status:
+            _check(status, "cuLaunchKernelEx", repr(self._kernel))
 
 
 def load_kernel(cubin: bytes, entry: str, device: int) -> Kernel:

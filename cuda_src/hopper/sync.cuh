@@ -27,6 +27,11 @@ __device__ __forceinline__ bool named_barrier_any(bool vote) {
     return any;
 }
 
+// With programmatic dependent launch (PTX manual, "griddepcontrol"): lets the next kernel of the stream start as soon as
+// there is room, and waits until the previous one has ended and its writes are visible. Otherwise they do nothing.
+__device__ __forceinline__ void let_dependents_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 // A value that is the same in all threads of a warp, put where the compiler knows it (a uniform register).
 __device__ __forceinline__ int uniform(int value) {
     return static_cast<int>(__reduce_min_sync(~0u, static_cast<unsigned>(value)));

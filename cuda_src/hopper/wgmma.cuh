@@ -28,6 +28,14 @@ __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
+// Waits for the PENDING + 1 groups that were committed last, one after the other; calls done(0), done(1) ... as they end.
+template <int PENDING, int ENDED = 0, typename Done>
+__device__ __forceinline__ void wgmma_wait_each(const Done& done) {
+    wgmma_wait<PENDING>();
+    done(ENDED);
+    if constexpr (PENDING > 0) wgmma_wait_each<PENDING - 1, ENDED + 1>(done);
+}
+
 // Keeps the compiler from moving reads of an accumulator above the wait that makes them valid.
 template <int COUNT>
 __device__ __forceinline__ void pin(float (&d)[COUNT]) {
