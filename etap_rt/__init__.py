@@ -7,6 +7,7 @@ GPU nor torch nor CuPy: what a call needs is imported by the call.
 from __future__ import annotations
 
 from etap_rt.arguments import check_inputs
+from etap_rt.compiler import kernel_sources
 from etap_rt.decode import DecodePlan, mla_decode, plan_decode
 from etap_rt.errors import (
     ArgumentError,
@@ -18,6 +19,8 @@ from etap_rt.errors import (
     UnsupportedError,
 )
 from etap_rt.kv_cache import PagedKVCache
+from etap_rt.states import merge_states
+from etap_rt.tracing import trace_decode
 
 __version__ = "0.1.0"
 
@@ -32,6 +35,9 @@ __all__ = [
     "SequenceError",
     "UnsupportedError",
     "check_inputs",
+    "kernel_sources",
+    "merge_states",
     "mla_decode",
     "plan_decode",
+    "trace_decode",
 ]

@@ -213,7 +213,7 @@ class Params(ctypes.Structure):
         ("scale_log2", ctypes.c_float),
         ("lse_factor", ctypes.c_float),
         ("lse_no_key", ctypes.c_float),
-        ("padding", ctypes.c_char * 12),  # tensor maps give the kernel's struct an alignment of 64 bytes
+        ("trace", ctypes.c_uint64),
     ]
 
 
@@ -255,18 +255,16 @@ def divider(divisor: int) -> int:
     return 0 if divisor == 1 else (1 << 64) // divisor + 1
 
 
-class _Launch:
+class Launch:
     """What a problem needs every time, prepared once: the kernel, the grid, the parameter and the tensor maps."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, trace: bool = False) -> None:
         self.problem = problem
         self.grid = plan_grid(problem.typical_rows, driver.sm_count(problem.device))
-        spec = decode_spec(problem.element, problem.latent_dim, problem.rope_dim, self.grid.rows)
+        spec = decode_spec(problem.element, problem.latent_dim, problem.rope_dim, self.grid.rows, trace)
         self.kernel = compiler.load(spec, problem.device)
         self.params = make_params(problem, self.grid)
-        self.prepared = driver.PreparedLaunch(
-            self.kernel, self.grid.ctas, THREADS, SHARED_BYTES, ctypes.addressof(self.params)
-        )
+        self.params_address = ctypes.addressof(self.params)
         self.maps: dict[tuple[int, int], bytes] = {}
         self.maps_in_place: tuple[int, int] | None = None
         strides = [*problem.q_strides, *problem.q_rope_strides]
@@ -312,7 +310,10 @@ class _Launch:
             )
             if self.problem.csr:
                 self.params.max_pages = call.page_count
-            self.prepared.launch(stream)
+            if workspace.captured:
+                self.kernel.launch_early(self.grid.ctas, THREADS, SHARED_BYTES, stream, self.params_address)
+            else:
+                self.kernel.launch(self.grid.ctas, THREADS, SHARED_BYTES, stream, self.params_address)
 
     def _make_maps(self, call: Call) -> bytes:
         problem = self.problem
@@ -333,13 +334,13 @@ class _Launch:
         return maps
 
 
-_launches: dict[tuple[Problem, object], _Launch] = {}
+_launches: dict[tuple[Problem, object], Launch] = {}
 
 
-def _launch_for(problem: Problem) -> _Launch:
+def _launch_for(problem: Problem) -> Launch:
     key = (problem, compiler.source_key())
     launch = _launches.get(key)
     if launch is None:
-        launch = _Launch(problem)
+        launch = Launch(problem)
         interop.remember(_launches, key, launch)
     return launch

@@ -15,7 +15,7 @@ import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p, pointer
 from typing import Any, Literal
 
 from etap_rt.errors import EtapError, UnsupportedError
@@ -83,6 +83,25 @@ _started_before_fork = False
 _CaptureInfo = c_uint64 * 2  # the capture status (an int, in the low half of the first word), the capture's id
 
 
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h; its value is a union of 64 bytes."""
+
+    _fields_ = [("id", c_uint), ("padding", c_uint), ("value", c_uint * 16)]
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = [
+        ("grid", c_uint * 3),
+        ("block", c_uint * 3),
+        ("shared_bytes", c_uint),
+        ("stream", c_void_p),
+        ("attributes", POINTER(_LaunchAttribute)),
+        ("attribute_count", c_uint),
+    ]
+
+
 class Kernel:
     """A function of a loaded module on one device. `handle` is its CUfunction."""
 
@@ -112,6 +131,19 @@ class Kernel:
         if status:
             self._launch_again(status, arguments)
 
+    def launch_early(self, grid: int, block: int, shared_bytes: int, stream: int, params_address: int) -> None:
+        """The same, but the kernel may start before the stream's previous one has ended, and has to wait for it itself.
+
+        That is "griddepcontrol.wait" of the PTX manual. Meant for launches that are captured: it takes the host longer.
+        """
+        self.allow_shared(shared_bytes)
+        attribute = _LaunchAttribute(_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+        attribute.value[0] = 1
+        config = _LaunchConfig((grid, 1, 1), (block, 1, 1), shared_bytes, stream, pointer(attribute), 1)
+        with _primary_context(self.device):
+            status = _libcuda().cuLaunchKernelEx(byref(config), self._function, byref(c_void_p(params_address)), None)
+        _check(status, "cuLaunchKernelEx", f"{self!r}, {grid} CTAs of {block} threads, {shared_bytes} bytes shared")
+
     def allow_shared(self, shared_bytes: int) -> None:
         """Raise the function's limit of dynamic shared memory, 48 KiB unless asked, to at least `shared_bytes`."""
         if shared_bytes <= self._shared_limit:
@@ -134,57 +166,6 @@ class Kernel:
                 status = self._launch(*arguments)
         _, grid, _, _, block, _, _, shared_bytes, *_ = arguments
         _check(status, "cuLaunchKernel", f"{self!r}, {grid} CTAs of {block} threads, {shared_bytes} bytes shared")
-
-
-class _LaunchAttribute(ctypes.Structure):
-    """CUlaunchAttribute of cuda.h; its value is a union of 64 bytes."""
-
-    _fields_ = [("id", c_uint), ("padding", c_uint), ("value", c_uint * 16)]
-
-
-class _LaunchConfig(ctypes.Structure):
-    """CUlaunchConfig of cuda.h."""
-
-    _fields_ = [
-        ("grid", c_uint * 3),
-        ("block", c_uint * 3),
-        ("shared_bytes", c_uint),
-        ("stream", c_void_p),
-        ("attributes", ctypes.POINTER(_LaunchAttribute)),
-        ("attribute_count", c_uint),
-    ]
-
-
-class PreparedLaunch:
-    """Launches of one kernel that differ in the stream alone. Not to be used by two threads at once.
-
-    The kernel may start while the previous one of the stream
-    still runs, and has to wait for it itself (PTX manual, "griddepcontrol.wait").
-    """
-
-    __slots__ = ("_arguments", "_attributes", "_config", "_kernel", "_launch")
-
-    def __init__(self, kernel: Kernel, grid: int, block: int, shared_bytes: int, params_address: int) -> None:
-        kernel.allow_shared(shared_bytes)
-        self._kernel = kernel
-        self._attributes = (_LaunchAttribute * 1)()
-        self._attributes[0].id = _LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        self._attributes[0].value[0] = 1
-        self._config = _LaunchConfig((grid, 1, 1), (block, 1, 1), shared_bytes, None, self._attributes, 1)
-        parameters = ctypes.pointer(c_void_p(params_address))
-        self._arguments = (byref(self._config), c_void_p(kernel.handle), parameters, None)
-        self._launch = _libcuda().cuLaunchKernelEx
-
-    def launch(self, stream: int) -> None:
-        """Launch on `stream`, a CUstream. The parameter is read from the host before this returns."""
-        self._config.stream = stream
-        status = self._launch(*self._arguments)
-        if status in (_CUDA_ERROR_INVALID_CONTEXT, _CUDA_ERROR_INVALID_HANDLE):
-            # As in Kernel.launch: once more with the device's context current.
-            with _primary_context(self._kernel.device):
-                status = self._launch(*self._arguments)
-        if status:
-            _check(status, "cuLaunchKernelEx", repr(self._kernel))
 
 
 def load_kernel(cubin: bytes, entry: str, device: int) -> Kernel:

@@ -9,7 +9,10 @@ from etap_rt.schedule import ROW_TILES
 
 ElementType = Literal["bfloat16", "float16"]
 
+StateType = Literal["bfloat16", "float16", "float32"]
+
 ELEMENT_TYPES: tuple[ElementType, ...] = ("bfloat16", "float16")
+STATE_TYPES: tuple[StateType, ...] = ("bfloat16", "float16", "float32")
 DIMS = ((512, 64), (256, 64))  # (latent, rope) pairs that are supported
 
 
@@ -25,11 +28,16 @@ class KernelSpec:
         return f"{self.entry}[{', '.join(f'{name}={value}' for name, value in self.defines)}]"
 
 
-def decode_spec(dtype: ElementType, latent_dim: int, rope_dim: int, rows: int) -> KernelSpec:
-    """The decode kernel for one element type, (latent, rope) dims and `rows` query rows a tile."""
+def decode_spec(dtype: ElementType, latent_dim: int, rope_dim: int, rows: int, trace: bool = False) -> KernelSpec:
+    """The decode kernel for one element type, (latent, rope) dims and `rows` query rows a tile.
+
+    With `trace` it writes down when its CTAs did what.
+    """
     if dtype not in ELEMENT_TYPES or (latent_dim, rope_dim) not in DIMS or rows not in ROW_TILES:
         raise ValueError(f"no decode kernel for {dtype}, dims {latent_dim} + {rope_dim}, {rows} rows a tile")
     constants = {"IS_BF16": int(dtype == "bfloat16"), "LATENT_DIM": latent_dim, "ROPE_DIM": rope_dim, "ROWS": rows}
+    if trace:
+        constants["TRACE"] = 1
     return KernelSpec("mla_decode.cu", "mla_decode", tuple(sorted(constants.items())))
 
 
@@ -48,7 +56,14 @@ def batch_update_spec() -> KernelSpec:
     return KernelSpec("kv_write.cu", "batch_update", ())
 
 
+def merge_states_spec(dtype: StateType) -> KernelSpec:
+    """The kernel that merges two states whose outs are of `dtype`."""
+    constants = {"ELEMENT_BYTES": 4 if dtype == "float32" else 2, "IS_BF16": int(dtype == "bfloat16")}
+    return KernelSpec("merge_states.cu", "merge_states", tuple(sorted(constants.items())))
+
+
 def all_specs() -> list[KernelSpec]:
     """Every kernel the package can ask for, in a fixed order."""
     decode = [decode_spec(t, latent, rope, rows) for t in ELEMENT_TYPES for latent, rope in DIMS for rows in ROW_TILES]
-    return [*decode, kv_write_spec(), page_copy_spec(), batch_update_spec()]
+    states = [merge_states_spec(t) for t in STATE_TYPES]
+    return [*decode, kv_write_spec(), page_copy_spec(), batch_update_spec(), *states]

@@ -22,7 +22,8 @@ from etap_rt.schedule import TILE_KEYS, Grid, Segment, divide, plan_grid
 Floats: TypeAlias = NDArray[Any]  # of the element type or float32, as the names say
 
 SM_COUNT = 132  # of an H200; the CPU backend divides the work as that GPU would
-MAX_GROWTH = np.float32(8)  # log2 of how far a score may exceed the reference value before it is moved
+# log2 of how far a score may exceed the reference value before that is moved, see mla_decode.cu
+MAX_GROWTH = {"bfloat16": np.float32(8), "float16": np.float32(0)}
 
 # ---- float64 ----
 
@@ -182,7 +183,7 @@ def _compute_segment(
         x = np.where(key_index <= last_visible, x, np.float32(-np.inf))
 
         # Lazy: as long as no score of a row tile exceeds its row's reference value by much, O is left alone.
-        moved = (x > top + MAX_GROWTH).any(axis=(1, 2), keepdims=True)
+        moved = (x > top + MAX_GROWTH[problem.element]).any(axis=(1, 2), keepdims=True)
         if moved.any():
             new_top = np.where(moved, np.maximum(top, x.max(axis=-1, keepdims=True)), top)
             factor = np.where(top == -np.inf, np.float32(0), np.exp2(top - new_top))

@@ -6,7 +6,7 @@ import ctypes
 import math
 import threading
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from etap_rt import compiler, interop
 from etap_rt.errors import ArgumentError
 from etap_rt.interop import Array, Layout, as_numpy, describe, remember
-from etap_rt.kernels import KernelSpec
+from etap_rt.kernels import STATE_TYPES, KernelSpec, merge_states_spec
 
-StateType = Literal["bfloat16", "float16", "float32"]
 _Floats: TypeAlias = NDArray[Any]  # of a state's dtype or float32
 
 VECTOR_BYTES = 16  # of one access of the kernel
@@ -84,12 +83,6 @@ def merge_states(
         else:
             _merge_on_device(problem, arrays)
     return out, lse
-
-
-def merge_states_spec(dtype: StateType) -> KernelSpec:
-    """The kernel that merges two states whose outs are of `dtype`."""
-    constants = {"ELEMENT_BYTES": interop.numpy_dtype(dtype).itemsize, "IS_BF16": int(dtype == "bfloat16")}
-    return KernelSpec("merge_states.cu", "merge_states", tuple(sorted(constants.items())))
 
 
 class _State(ctypes.Structure):
@@ -178,8 +171,8 @@ def _check_layouts(
     shape = a.shape
     if a.device_type not in ("cuda", "cpu"):
         raise ArgumentError("out_a", f"device {a.device_type}", "cuda or cpu")
-    if a.dtype not in get_args(StateType):
-        raise ArgumentError("out_a", f"dtype {a.dtype}", " or ".join(get_args(StateType)))
+    if a.dtype not in STATE_TYPES:
+        raise ArgumentError("out_a", f"dtype {a.dtype}", " or ".join(STATE_TYPES))
     if len(shape) not in (3, 4):
         raise ArgumentError("out_a", f"shape {shape}", "(b, s_q, heads, dim) or (total_q, heads, dim)")
     lse_shape = (*shape[:-3], shape[-2], shape[-3])
@@ -205,7 +198,7 @@ def _check_layouts(
     for state, out_strides, lse_strides in zip((params.a, params.b, params.merged), outs, sums):
         state.out_strides[:] = [0] * (4 - len(shape)) + [stride // chunk for stride in out_strides[:-1]]
         state.lse_strides[:] = [0] * (4 - len(shape)) + list(lse_strides)
-    return _Problem(merge_states_spec(a.dtype), a.device, rows, params, threading.Lock())  # type: ignore[arg-type]
+    return _Problem(merge_states_spec(a.dtype), a.device, rows, params, threading.Lock())
 
 
 def _check_like(name: str, layout: Layout, a: Layout, dtype: str, shape: tuple[int, ...]) -> None:

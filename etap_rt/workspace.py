@@ -29,6 +29,7 @@ class Workspace(NamedTuple):
     counters: int
     partial_stats: int
     partials: int
+    captured: bool  # the launch is part of a graph
     owner: Any = None
 
 
@@ -60,9 +61,9 @@ def workspace_for(device: int, rows: int, stream: int, like: Array) -> Workspace
             if capture and like.layout.library == "torch":
                 memory = interop.empty(like.layout, like.owner, (total,), "uint8")
                 base = interop.describe(memory, "workspace").pointer
-                return Workspace(counters, base, base + stats, memory)
+                return Workspace(counters, base, base + stats, True, memory)
             base = driver.allocate_zeroed(device, total)
-            workspace = _workspaces[key] = Workspace(counters, base, base + stats)
+            workspace = _workspaces[key] = Workspace(counters, base, base + stats, bool(capture))
     return workspace
 
 

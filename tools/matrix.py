@@ -29,14 +29,19 @@ ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "tests" / "matrix.json"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 NVRTCS = ("12.3", "12.4", "12.9", "13.0", "newest")
-# How versions are chosen, and the extras of pyproject.toml. CuPy asks for a newer NumPy than we do, so the oldest
-# NumPy can only be had without it.
+# How versions are chosen, the extras of pyproject.toml and the Python. CuPy asks for a newer NumPy than we do, so the
+# oldest NumPy can only be had without it, and without it nothing can be compiled.
+WITHOUT_CUPY = "oldest without CuPy"
 LIBRARIES = {
-    "oldest": ("lowest-direct", ("cuda13", "test")),
-    "oldest without CuPy": ("lowest-direct", ("test",)),
-    "newest": ("highest", ("cuda13", "test")),
+    "oldest": ("lowest-direct", ("cuda13", "test"), "3.10"),
+    WITHOUT_CUPY: ("lowest-direct", ("test",), "3.10"),
+    "newest": ("highest", ("cuda13", "test"), "3.13"),
 }
-LIBRARIES_PYTHON = {"oldest": "3.10", "oldest without CuPy": "3.10", "newest": "3.13"}
+TESTS_WITHOUT_CUPY = [
+    f"tests/cpu/test_{name}.py"
+    for name in ("arguments", "bad_input", "decode", "interop", "kv_cache", "public_api", "schedule", "states")
+]
+NEEDS_A_COMPILER = "kernels_build or kernels_compile"  # among those, for pytest's -k
 SHOWN_PACKAGES = ("numpy", "cupy-cuda13x", "nvidia-cuda-nvrtc", "torch")
 FAILURE_CHARACTERS = 2000
 
@@ -61,8 +66,10 @@ class Cell:
 # ---- Interpreters and libraries ----
 
 
-def run_tests(part: str, name: str, python: str, resolution: str, extras: tuple[str, ...], options: Any) -> Cell:
-    """The CPU tests in an environment of their own."""
+def run_tests(
+    part: str, name: str, python: str, resolution: str, extras: tuple[str, ...], tests: list[str], options: Any
+) -> Cell:
+    """Tests in an environment of their own."""
     start = time.monotonic()
     try:
         environment = make_environment(options.directory / f"{part}-{name}".replace(" ", "-"), python)
@@ -70,7 +77,7 @@ def run_tests(part: str, name: str, python: str, resolution: str, extras: tuple[
         for extra in extras:
             install += ["--extra", extra]
         uv(*install, "-r", str(ROOT / "pyproject.toml"), *options.with_packages)
-        result = {**versions(environment), **pytest_outcome(environment, options.tests)}
+        result = {**versions(environment), **pytest_outcome(environment, tests)}
     except CellError as error:
         result = {"error": str(error)}
     return Cell(part, name, {**result, "seconds": round(time.monotonic() - start, 1)})
@@ -329,11 +336,14 @@ def run_cells(options: Any) -> Any:
         for version in options.nvrtc:
             yield run_nvrtc(version, options)
     if options.only in (None, "libraries"):
-        for name, (resolution, extras) in LIBRARIES.items():
-            yield run_tests("libraries", name, LIBRARIES_PYTHON[name], resolution, extras, options)
+        for name, (resolution, extras, python) in LIBRARIES.items():
+            tests = options.tests
+            if name == WITHOUT_CUPY:
+                tests = [*TESTS_WITHOUT_CUPY, "-k", f"not ({NEEDS_A_COMPILER})"]
+            yield run_tests("libraries", name, python, resolution, extras, tests, options)
     if options.only in (None, "python"):
         for version in options.python:
-            yield run_tests("python", version, version, "highest", ("cuda13", "test"), options)
+            yield run_tests("python", version, version, "highest", ("cuda13", "test"), options.tests, options)
 
 
 if __name__ == "__main__":

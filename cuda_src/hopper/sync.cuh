@@ -47,6 +47,19 @@ __device__ __forceinline__ void registers_take() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
+// Nanoseconds, the same clock on all SMs.
+__device__ __forceinline__ u64 global_time() {
+    u64 time;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time)::"memory");
+    return time;
+}
+
+__device__ __forceinline__ u32 sm_number() {
+    u32 number;
+    asm("mov.u32 %0, %%smid;" : "=r"(number));
+    return number;
+}
+
 // This thread's ordinary writes to shared memory become visible to wgmma and the copy engine.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -30,6 +30,20 @@ ERROR_NAMES = {
 }
 RELAXED, GLOBAL = 2, 0
 
+
+class LaunchAttribute(Structure):
+    _fields_ = [("id", c_int), ("padding", ctypes.c_char * 4), ("value", c_int), ("rest", ctypes.c_char * 60)]
+
+
+class LaunchConfig(Structure):
+    _fields_ = [
+        *((name, c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared_bytes")),
+        ("stream", c_void_p),
+        ("attributes", POINTER(LaunchAttribute)),
+        ("attribute_count", c_uint),
+    ]
+
+
 u32p, u64p, intp, voidpp = POINTER(c_uint32), POINTER(c_uint64), POINTER(c_int), POINTER(c_void_p)
 PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuInit": (c_uint,),
@@ -47,6 +61,7 @@ PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuModuleGetFunction": (voidpp, c_void_p, c_char_p),
     "cuFuncSetAttribute": (c_void_p, c_int, c_int),
     "cuLaunchKernel": (c_void_p, *(c_uint,) * 7, c_void_p, voidpp, voidpp),
+    "cuLaunchKernelEx": (POINTER(LaunchConfig), c_void_p, voidpp, voidpp),
     "cuStreamGetCaptureInfo_v2": (c_void_p, intp, u64p, c_void_p, c_void_p, c_void_p),
     "cuThreadExchangeStreamCaptureMode": (intp,),
     "cuTensorMapEncodeTiled": (c_void_p, c_int, c_uint32, c_void_p, u64p, u64p, u32p, u32p, c_int, c_int, c_int, c_int),
@@ -139,6 +154,12 @@ class FakeCuda:
         value = ctypes.string_at(parameters[0], ctypes.sizeof(Params))
         self.log.append(("launch", *numbers, stream, value, bool(extra), list(self.contexts)))
 
+    def _cuLaunchKernelEx(self, config: Any, function: int, parameters: Any, extra: Any) -> None:
+        numbers = [getattr(config[0], name) for name, _ in LaunchConfig._fields_[:7]]
+        attributes = [(a.id, a.value) for a in config[0].attributes[: config[0].attribute_count]]
+        value = ctypes.string_at(parameters[0], ctypes.sizeof(Params))
+        self.log.append(("early launch", function, *numbers, config[0].stream, attributes, value, bool(extra)))
+
     def _cuStreamGetCaptureInfo(self, stream: int, status: Any, number: Any, *unused: Any) -> None:
         self.log.append(("capture info", stream, *unused))
         status[0], number[0] = self.capture
@@ -182,6 +203,22 @@ def launch(kernel: driver.Kernel, shared: int = 0) -> bytes:
 def test_a_launch_arrives_as_it_was_asked_for(cuda: FakeCuda) -> None:
     expected = launch(driver.Kernel("k", HANDLE, 0))
     assert cuda.calls("launch") == [(HANDLE, 132, 1, 1, 384, 1, 1, 0, STREAM, expected, False, [])]
+
+
+def test_an_early_launch_is_allowed_to_overlap_the_one_before(cuda: FakeCuda) -> None:
+    params = Params(0x7FFF_0000_1111_2222, 7)
+    driver.Kernel("k", HANDLE, 0).launch_early(132, 384, 200_000, STREAM, ctypes.addressof(params))
+    programmatic_stream_serialization = (6, 1)
+    assert cuda.calls("early launch") == [
+        (HANDLE, 132, 1, 1, 384, 1, 1, 200_000, STREAM, [programmatic_stream_serialization], bytes(params), False)
+    ]
+    assert cuda.calls("attribute") == [(HANDLE, 8, 200_000)]
+
+
+def test_an_early_launch_that_fails_names_the_error(cuda: FakeCuda) -> None:
+    cuda.fail["cuLaunchKernelEx"] = [1]
+    with pytest.raises(EtapError, match=r"CUDA_ERROR_INVALID_VALUE.*132 CTAs of 384 threads"):
+        driver.Kernel("k", HANDLE, 0).launch_early(132, 384, 0, STREAM, ctypes.addressof(Params(1, 2)))
 
 
 def test_the_null_stream_is_a_stream(cuda: FakeCuda) -> None:

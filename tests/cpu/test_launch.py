@@ -33,10 +33,15 @@ class Notes:
         self.launches: list[tuple[int, int, int, int]] = []
         self.params: list[Params] = []
         self.maps: list[tuple[Any, ...]] = []
+        self.early = 0  # launches that may overlap the one before
 
     def launch(self, grid: int, block: int, shared_bytes: int, stream: int, params_address: int) -> None:
         self.launches.append((grid, block, shared_bytes, stream))
         self.params.append(Params.from_buffer_copy(ctypes.string_at(params_address, ctypes.sizeof(Params))))
+
+    def launch_early(self, *arguments: Any) -> None:
+        self.early += 1
+        self.launch(*arguments)
 
     def encode(self, *arguments: Any) -> bytes:
         self.maps.append(arguments)
@@ -150,6 +155,48 @@ def test_mask_and_scale_are_those_of_the_call(notes: Notes) -> None:
     assert [params.causal for params in notes.params] == [0, 1]
     assert notes.params[0].scale_log2 == pytest.approx(SCALE * 1.4426950408889634, rel=1e-6)
     assert notes.params[1].scale_log2 == pytest.approx(0.5 * 1.4426950408889634, rel=1e-6)
+
+
+@pytest.mark.parametrize(("page_size", "gather"), [(1, 1), (2, 2), (4, 3), (8, 0), (64, 0)])
+def test_rows_of_the_smallest_pages_are_gathered(notes: Notes, page_size: int, gather: int) -> None:
+    call = arguments(page_size=page_size)
+    etap_rt.mla_decode(**call)
+    (params,) = notes.params
+    assert params.gather == gather
+    assert (params.k_latent, params.k_rope) == (call["kv_cache"].data_ptr(), call["kv_cache"].data_ptr() + 1024)
+    assert list(params.k_strides) == list(params.k_rope_strides) == [page_size * 576, 576]
+
+
+def test_ragged_queries_and_page_lists_arrive(notes: Notes) -> None:
+    call = arguments(batch=5)
+    call["q"] = call["q"][:, 0]
+    offsets = torch.tensor([0, 2, 5], dtype=torch.int32)
+    call["cache_seqlens"] = call["cache_seqlens"][:2]
+    for pages in (7, 9):
+        indices, indptr = torch.zeros(pages, dtype=torch.int32), torch.tensor([0, 3, 7], dtype=torch.int32)
+        etap_rt.mla_decode(**{**call, "block_table": (indices, indptr)}, cu_seqlens_q=offsets)
+        params = notes.params[-1]
+        assert (params.cu_seqlens_q, params.page_indptr) == (offsets.data_ptr(), indptr.data_ptr())
+        assert (params.block_table, params.max_pages, params.table_stride) == (indices.data_ptr(), pages, 0)
+        assert (params.batch, params.total_q, params.s_q, params.share) == (2, 5, 0, 0)
+        assert list(params.q_strides) == [0, 16 * 576, 576]
+
+
+def test_a_log_sum_exp_is_natural(notes: Notes) -> None:
+    etap_rt.mla_decode(**arguments(), return_lse=True)
+    (params,) = notes.params
+    assert (params.lse_factor, params.lse_no_key) == (pytest.approx(0.6931471805599453), float("-inf"))
+
+
+@pytest.mark.parametrize(("capture", "early"), [(0, 0), (7, 1)])
+def test_captured_launches_may_overlap_the_one_before(
+    notes: Notes, monkeypatch: pytest.MonkeyPatch, capture: int, early: int
+) -> None:
+    monkeypatch.setattr(driver, "capturing", lambda stream: capture)
+    monkeypatch.setattr(interop, "empty", lambda layout, owner, shape, dtype: torch.empty(shape, dtype=torch.uint8))
+    call = arguments()
+    etap_rt.mla_decode(**call, out=torch.empty(2, 1, 16, 512, dtype=torch.bfloat16))
+    assert (len(notes.launches), notes.early) == (1, early)
 
 
 def test_128_heads_are_two_row_tiles_of_one_lane(notes: Notes) -> None:

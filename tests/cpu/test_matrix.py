@@ -97,7 +97,7 @@ def test_what_cannot_be_set_up_is_a_cell_that_failed(tmp_path: Path, monkeypatch
     monkeypatch.setattr(matrix, "uv", nothing)
     options = SimpleNamespace(directory=tmp_path, tests=[], with_packages=[])
     for cell in (
-        matrix.run_tests("python", "3.12", "3.12", "highest", ("test",), options),
+        matrix.run_tests("python", "3.12", "3.12", "highest", ("test",), [], options),
         matrix.run_nvrtc("12.4", options),
     ):
         assert not cell.passed and cell.result["error"] == "no network"
@@ -105,6 +105,10 @@ def test_what_cannot_be_set_up_is_a_cell_that_failed(tmp_path: Path, monkeypatch
         matrix.run(["no_such_program"])
     with pytest.raises(matrix.CellError, match="false"):
         matrix.run(["false"])
+
+
+def test_tests_that_need_no_compiler_are_there() -> None:
+    assert [path for path in matrix.TESTS_WITHOUT_CUPY if not (matrix.ROOT / path).exists()] == []
 
 
 def test_cells_that_were_not_run_keep_what_they_said(

@@ -66,7 +66,7 @@ def test_the_wheel_says_what_it_needs(wheel: Path) -> None:
     assert metadata["Version"] == etap_rt.__version__
     assert metadata["License-Expression"] == "MIT"
     assert metadata["Requires-Python"] == ">=3.10"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"cuda12", "cuda13", "torch", "test", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"cuda12", "cuda13", "torch", "test", "tools", "dev"}
     required = [text for text in metadata.get_all("Requires-Dist", []) if "extra ==" not in text]
     assert sorted(text.partition(">")[0] for text in required) == ["ml-dtypes", "numpy", "platformdirs", "rich"]
 

@@ -1,31 +1,69 @@
 """Small decodes for compute-sanitizer, with CuPy alone: python -m tests.gpu.sanitizer_cases
 
-Run by test_decode.py under the sanitizer's tools, which slow a kernel down a hundredfold: so every row tile that
-differs in structure, units that several lanes share, requests without tokens, and little more.
+Run by test_decode.py under the sanitizer's tools, which slow a kernel down a hundredfold: so little of everything that
+differs in the compiled code (row tile, dims, dtype) or in the way through it (pages, loads of q, shared units, lists).
 """
 
 from __future__ import annotations
 
+import cupy
 import numpy as np
 
-from etap_rt import mla_decode
+from etap_rt import PagedKVCache, decode, merge_states, mla_decode
 from tests.cache_model import host, to_cupy
 from tests.cases import Case, assert_close, prepared
 
+SHARED_BY_ALL = Case("16 rows, one unit of all lanes", dtype="float16", lengths=(9000,))
 CASES = (
     Case("8 rows, units of several lanes", lengths=(1000, 0, 65), heads=8),
-    Case("16 rows, one unit of all lanes", dtype="float16", lengths=(9000,)),
-    Case("16 rows, more units than lanes", lengths=tuple(29 * i % 131 for i in range(140)), latent_dim=256),
+    Case("8 rows, fp16, 320", dtype="float16", latent_dim=256, lengths=(1, 129), heads=3),
+    SHARED_BY_ALL,
+    Case("16 rows, 320, more units than lanes", lengths=tuple(29 * i % 131 for i in range(140)), latent_dim=256),
+    Case("24 rows, masked", lengths=(0, 1, 200), heads=12, s_q=2, dtype="float16"),
+    Case("24 rows, 320, not masked", lengths=(70, 300), heads=24, causal=False, latent_dim=256),
+    Case("32 rows, uneven scores", lengths=(700, 64), heads=32, uneven=True),
+    Case("32 rows, fp16, 320", lengths=(300, 64), heads=16, s_q=2, dtype="float16", latent_dim=256),
     Case("64 rows, two tiles of them, masked", lengths=(0, 3, 500), heads=40, s_q=2, split_q=True, split_cache=True),
+    Case("64 rows, 320, one unit of all lanes", lengths=(3000,), heads=64, latent_dim=256, uneven=True),
+    *(Case(f"pages of {size}", page_size=size, lengths=(0, 63, 65, 300)) for size in (1, 4, 8, 32, 256)),
+    Case("strided", strided=True, s_q=2, heads=3, lengths=(0, 65, 300)),
+    Case("ragged", queries=(1, 0, 3, 2), lengths=(64, 65, 1, 500)),
+    Case("ragged, page lists, 64 rows", queries=(2, 5, 0), csr=True, lengths=(3, 300, 9), heads=32, page_size=16),
 )
+
+
+def check(case: Case) -> None:
+    inputs, exact_out, exact_lse = prepared(case)
+    out, lse = mla_decode(**inputs.on(to_cupy), return_lse=True)
+    assert_close(case, host(out), host(lse), exact_out, exact_lse)
+    print(f"{case}: in tolerance, norm {np.linalg.norm(exact_out):.4g}")
+
+
+def check_cache() -> None:
+    """Writing, a fork's copy, the batch's buffers, merging states."""
+    cache = PagedKVCache(8, page_size=4, dtype="float16", device="cuda")
+    sequence = cache.new_sequence()
+    rows = cupy.arange(6 * 576, dtype=cupy.float32).reshape(6, 576) / 4096
+    cache.write(0, cache.reserve([sequence], [6]), rows[:, :512], rows[:, 512:])
+    fork = cache.fork(sequence)
+    cache.write(0, cache.reserve([fork], [1]), rows[:1, :512], rows[:1, 512:])
+    batch = cache.batch([sequence, fork])
+    q = cupy.ones((2, 1, 16, 576), dtype=cupy.float16)
+    inputs = (q, cache.pages(0), batch.block_table, batch.cache_seqlens)
+    out, lse = mla_decode(*inputs, softmax_scale=0.05, return_lse=True)
+    merged, _ = merge_states(out, lse, out, lse)
+    np.testing.assert_allclose(host(merged), host(out), rtol=2e-3)
+    print("cache and states: as expected")
 
 
 def main() -> None:
     for case in CASES:
-        inputs, exact_out, exact_lse = prepared(case)
-        out, lse = mla_decode(**inputs.on(to_cupy), return_lse=True)
-        assert_close(case, host(out), host(lse), exact_out, exact_lse)
-        print(f"{case}: in tolerance, norm {np.linalg.norm(exact_out):.4g}")
+        check(case)
+    # The three ways through a merge: everybody gives up waiting, some do, nobody does.
+    for patience in (0, 100_000):
+        decode.PATIENCE = patience
+        check(SHARED_BY_ALL)
+    check_cache()
 
 
 if __name__ == "__main__":

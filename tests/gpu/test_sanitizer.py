@@ -1,0 +1,62 @@
+"""compute-sanitizer over sanitizer_cases.py, all tools at once: each keeps a core busy rather than the GPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.gpu import sanitizer_cases
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 300
+TOOLS = {
+    # CuPy asks CUDA questions whose answer may be an error; what matters to us is what kernels do.
+    "memcheck": ("--report-api-errors", "no"),
+    "racecheck": ("--racecheck-report", "all"),
+    "initcheck": (),
+    "synccheck": (),
+}
+
+Run = subprocess.Popen[str]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Run, Path]]]:
+    """What every tool prints, and the process that is at it."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not on PATH")
+    directory = tmp_path_factory.mktemp("sanitizer")
+    started = {}
+    for tool, options in TOOLS.items():
+        output = directory / tool
+        command = [sanitizer, "--tool", tool, *options, "--error-exitcode", "99"]
+        command += [sys.executable, "-m", "tests.gpu.sanitizer_cases"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        with output.open("w") as file:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, text=True
+            )
+        started[tool] = (process, output)
+    yield started
+    for process, _ in started.values():
+        process.kill()
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_compute_sanitizer_finds_nothing(
+    runs: dict[str, tuple[Run, Path]], tool: str, record_property: Callable[[str, object], None]
+) -> None:
+    process, output = runs[tool]
+    process.wait(timeout=SECONDS)
+    text = output.read_text()
+    reports = [line for line in text.splitlines() if not line.startswith("=========         Host")]
+    assert process.returncode == 0, "\n".join(reports)[-6000:]
+    assert "SUMMARY: 0 " in text, "the sanitizer did its work"
+    record_property("cases", len(sanitizer_cases.CASES))
