@@ -21,6 +21,7 @@
 //   rescale[w]
 //   sums (where q was)        both warpgroups           both, coordinator     sums_full (256 threads), q_empty (256 threads
 //                                                                             and the coordinator's 32)
+//   start                     coordinator               everyone              __syncthreads
 //   shared_units, arrivals    coordinator               both                  met (the coordinator's first lane)
 //   shares (ring)             both warpgroups           both                  shares_full (256 threads), part_done
 //
@@ -56,8 +57,9 @@ constexpr int CONSUMER_WARPS = CONSUMERS / 32;
 constexpr int PRODUCER_WARPS = 3;
 constexpr int COORDINATOR_WARP = CONSUMER_WARPS + PRODUCER_WARPS;
 constexpr int THREADS = (COORDINATOR_WARP + 1) * 32;
-constexpr int PRODUCER_REGISTERS = 40;
-constexpr int CONSUMER_REGISTERS = 232;
+// Together what a CTA starts with, 3 * 168. NVRTC up to 12.4 needs more than 40 for the producers.
+constexpr int PRODUCER_REGISTERS = ROWS <= 32 ? 56 : 40;
+constexpr int CONSUMER_REGISTERS = ROWS <= 32 ? 224 : 232;
 constexpr int WARPGROUP_BARRIER = 1;  // named barrier of one warpgroup: + its number
 
 // P may exceed 1 by this many powers of two before the columns are rescaled. Not in fp16, which is for accuracy: the heaviest
@@ -298,7 +300,7 @@ struct SharedUnit {
 
 constexpr int SHARED_LIMIT = 232448;
 constexpr int FIXED_BYTES =
-    TILE_CHUNKS * Q_CHUNK_BYTES + 2 * P_BYTES + sizeof(Statistics) + 2 * sizeof(SharedUnit) + 13 * 8;
+    TILE_CHUNKS * Q_CHUNK_BYTES + 2 * P_BYTES + sizeof(Statistics) + sizeof(Start) + 2 * sizeof(SharedUnit) + 13 * 8;
 constexpr int SLOTS = (SHARED_LIMIT - FIXED_BYTES) / (CHUNK_BYTES + 2 * 8);
 // Chunks of its next tile that a warpgroup multiplies before it turns to the tile in between: products for the time of the
 // other's softmax, but with 64 rows the tile in between holds half of the ring and should not wait for the last of them.
@@ -321,6 +323,7 @@ struct Shared {
     u64 sums_full;
     u64 shares_full;
     u64 part_done[2];
+    Start start;
     SharedUnit shared_units[2];
     u32 arrivals[2];  // of the shared units, as the coordinator saw them last
     Statistics statistics;
@@ -1180,16 +1183,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
     wait_for_predecessor();
     if (warp == COORDINATOR_WARP - 1) prefetch_inputs(p, lane);
     const Start start = find_start(p, lane);
-    __syncthreads();  // the barriers are initialised
+    if (threadIdx.x == COORDINATOR_WARP * 32) s.start = start;  // out of the way of the accumulators
+    __syncthreads();                                            // and the barriers are initialised
     if (warp >= CONSUMER_WARPS) {
         registers_give_up<PRODUCER_REGISTERS>();
         if (warp < COORDINATOR_WARP)
-            produce(p, s, start, lane);
+            produce(p, s, s.start, lane);
         else
-            coordinate(p, s, start, lane, row_group);
+            coordinate(p, s, s.start, lane, row_group);
     } else {
         registers_take<CONSUMER_REGISTERS>();
-        consume(p, s, start, lane, row_group);
+        consume(p, s, s.start, lane, row_group);
         trace(p, TRACE_END);
     }
 }

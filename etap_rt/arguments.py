@@ -20,7 +20,7 @@ from etap_rt.kernels import DIMS, ELEMENT_TYPES, ElementType
 from etap_rt.schedule import TILE_KEYS
 
 MAX_HEADS = 128
-MAX_SCALE = 3.4e38  # of float32
+MAX_SCALE = 2e38  # times log2(e) still a float32
 ELEMENT_BYTES = 2
 CACHE_ALIGNMENT = 16  # bytes; what the copy engine asks of addresses and strides
 OUT_ALIGNMENT = 16  # bytes; of the kernel's stores
@@ -136,7 +136,7 @@ def check(
     Raises ArgumentError or ArgumentTypeError for the first argument that is not acceptable.
     """
     if type(softmax_scale) is not float or not 0.0 < softmax_scale <= MAX_SCALE:
-        _check_scale(softmax_scale)
+        check_scale(softmax_scale)
     if causal is not True and causal is not False:
         raise ArgumentTypeError("causal", repr(causal), "True or False")
     q_arrays = _describe_parts(q, "q")
@@ -344,11 +344,16 @@ def _page_list_key(indices: Layout) -> tuple[Any, ...]:
     return indices.dtype, indices.device_type, indices.device, indices.strides, indices.shape > (1,)
 
 
-def _check_scale(scale: Any) -> None:
+def check_scale(scale: Any, name: str = "softmax_scale") -> None:
+    """Raise unless `scale` is a positive number that stays finite in float32 arithmetic."""
     if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
-        raise ArgumentTypeError("softmax_scale", repr(scale), "a number of the host")
-    if not 0.0 < float(scale) <= MAX_SCALE:
-        raise ArgumentError("softmax_scale", repr(scale), "a finite number above 0")
+        raise ArgumentTypeError(name, repr(scale), "a number of the host")
+    try:
+        value = float(scale)
+    except OverflowError:
+        value = math.inf
+    if not 0.0 < value <= MAX_SCALE:
+        raise ArgumentError(name, repr(scale), "a finite number above 0")
 
 
 # ---- Layouts: what follows runs once for each combination of layouts ----

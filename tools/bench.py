@@ -560,10 +560,17 @@ def format_tokens(tokens: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if "--peers" in arguments:
+        import peer_bench  # which imports this module
+
+        arguments.remove("--peers")
+        return peer_bench.main(arguments)
     groups = list(dict.fromkeys(cell.group for cell in all_cells()))
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", action="append", choices=groups, help="measure this group; may be given again")
     parser.add_argument("--samples", type=positive, default=SAMPLES, help="of each round (default: %(default)s)")
+    parser.add_argument("--peers", action="store_true", help="beside other libraries; see --peers --help")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     reading = parser.add_mutually_exclusive_group()
     reading.add_argument("--compare", type=read_results, nargs=2, metavar=("OLD", "NEW"), help="compare result files")

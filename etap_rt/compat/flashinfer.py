@@ -6,12 +6,11 @@ Plans copy no lengths to the host and never wait: the kernel divides its work it
 from __future__ import annotations
 
 import math
-import numbers
 import sys
 from typing import Any, NamedTuple
 
 from etap_rt import arguments, decode
-from etap_rt.arguments import MAX_HEADS, MAX_SCALE, NATURAL, LseForm, Problem
+from etap_rt.arguments import MAX_HEADS, NATURAL, LseForm, Problem, check_scale
 from etap_rt.compat import renamed
 from etap_rt.errors import ArgumentError, ArgumentTypeError, EtapError, UnsupportedError
 from etap_rt.kernels import DIMS, ELEMENT_TYPES
@@ -127,10 +126,7 @@ class BatchMLAPagedAttentionWrapper:
         element = _check_types(q_data_type, kv_data_type)
         if causal is not True and causal is not False:
             raise ArgumentTypeError("causal", repr(causal), "True or False")
-        if not isinstance(sm_scale, numbers.Real) or isinstance(sm_scale, bool):
-            raise ArgumentTypeError("sm_scale", repr(sm_scale), "a number of the host")
-        if not 0.0 < float(sm_scale) <= MAX_SCALE:
-            raise ArgumentError("sm_scale", repr(sm_scale), "a finite number above 0")
+        check_scale(sm_scale, "sm_scale")
         if use_profiler:
             raise UnsupportedError("use_profiler: the profiler inside FlashInfer's kernels", "use_profiler=False")
 

@@ -560,21 +560,25 @@ def test_writers_that_are_killed_at_any_moment_leave_no_partial_file(
     running = [start(WRITER, module, str(i), "for ever") for i in range(16)]
     for process in running:
         await_ready(process)
-    killed = 0
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline or killed < 16:
-        time.sleep(rng.uniform(0, 0.1))
-        index = rng.randrange(16)
-        running[index].kill()
-        errors = running[index].communicate()[1]
-        assert (running[index].returncode, errors) == (-signal.SIGKILL, "")
-        killed += 1
-        running[index] = start(WRITER, module, str(killed + 16), "for ever")
-        await_ready(running[index])
-    for process in running:
-        assert process.poll() is None, "those that were not killed are still at work"
-        process.kill()
-        assert process.communicate()[1] == ""
+    try:
+        killed = 0
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline or killed < 16:
+            time.sleep(rng.uniform(0, 0.1))
+            index = rng.randrange(16)
+            running[index].kill()
+            errors = running[index].communicate()[1]
+            assert (running[index].returncode, errors) == (-signal.SIGKILL, "")
+            killed += 1
+            running[index] = start(WRITER, module, str(killed + 16), "for ever")
+            await_ready(running[index])
+        for process in running:
+            assert process.poll() is None, "those that were not killed are still at work"
+            process.kill()
+            assert process.communicate()[1] == ""
+    finally:
+        for process in running:
+            process.kill()
     left = assert_clean_for_a_later_process(cache)
     totals: Counter[str] = Counter()
     for line in end(start(WRITER, module, "last", "a while")):

@@ -60,8 +60,13 @@ API = {
     "UnsupportedError": "class of EtapError",
     "UnsupportedError.__init__": "(self, what, needed)",
     "check_inputs": _DECODE,
+    "kernel_sources": "(directory)",
+    "merge_states": "(out_a, lse_a, out_b, lse_b, *, out=None, lse=None)",
     "mla_decode": _DECODE,
     "plan_decode": _DECODE,
+    "trace_decode": (
+        "(q, kv_cache, block_table, cache_seqlens, *, softmax_scale, causal=True, cu_seqlens_q=None, runs=2)"
+    ),
 }
 RESULTS = {
     "Batch": ("block_table", "cache_seqlens"),
