@@ -15,7 +15,7 @@
 //   ring[slot]                producer                  wgmma                 chunk_full (bytes, or lanes of the producing
 //                                                                             warp), chunk_empty (4 warps)
 //   q                         warpgroup 0               wgmma                 q_full (thread 0), q_empty (everyone below)
-//   p[w]                      warpgroup w               wgmma of both         p_full[w] (4 warps); free again because w
+//   p[w]                      warpgroup w               wgmma of both         p_full[w] (7 threads); free again because w
 //                                                                             waits for the other's next P^T first
 //   reference, factor[w],     warpgroup w               both                  p_full[w]
 //   rescale[w]
@@ -354,7 +354,7 @@ __device__ __forceinline__ void init_barriers(const Params& p, Shared& s, int wa
     }
     if (warp >= CONSUMER_WARPS && warp < CONSUMER_WARPS + 2) {
         const int w = warp - CONSUMER_WARPS;
-        mbarrier_init(shared_address(&s.p_full[w]), 4);
+        mbarrier_init(shared_address(&s.p_full[w]), 4 + 3);
         mbarrier_init(shared_address(&s.met[w]), 1);
         mbarrier_init(shared_address(&s.part_done[w]), CONSUMERS);
     }
@@ -445,8 +445,8 @@ __device__ __forceinline__ void produce_tile(const Params& p, Shared& s, const P
 }
 
 // The same for pages of few tokens, row by row: eight threads copy the 128 bytes of a row. Thread l holds the pages of
-// parts l and l + 32.
-__device__ __forceinline__ void gather_tile(const Params& p, Shared& s, const Place& first, int page, int second) {
+// parts l and l + 32. Rows past the `keys` of the request are cleared, not read.
+__device__ __forceinline__ void gather_tile(const Params& p, Shared& s, const Place& first, int page, int second, int keys) {
     const int l = threadIdx.x % 32, warp = uniform(threadIdx.x / 32 - CONSUMER_WARPS);
     const int piece = l % 8, shift = p.gather - 1;
 #pragma unroll 1
@@ -463,7 +463,7 @@ __device__ __forceinline__ void gather_tile(const Params& p, Shared& s, const Pl
             const int row = i * 4 + l / 8, part = row >> shift;
             const int id = __shfl_sync(~0u, part < 32 ? page : second, part % 32);
             copy_16_bytes(target + i * 4 * 128 + ((piece ^ (row & 7)) << 4),
-                          source + id * page_stride + (row - (part << shift)) * token_stride, true);
+                          source + id * page_stride + (row - (part << shift)) * token_stride, row < keys);
         }
         copy_arrive(shared_address(&s.chunk_full[place.slot]));
     }
@@ -502,7 +502,7 @@ __device__ __forceinline__ void produce(const Params& p, Shared& s, const Start&
             for (int i = 0; i < tiles; ++i) {
                 const int next_page = page_of(i + 1, l), next_second = page_of(i + 1, l + 32);
                 if (p.gather)
-                    gather_tile(p, s, place, page, second);
+                    gather_tile(p, s, place, page, second, walk.seqlen - (walk.tile_begin + i) * TILE_KEYS);
                 else
                     produce_tile(p, s, place, p.tile_pages, page, second, 0);
                 place = place.ahead(TILE_CHUNKS);
@@ -752,7 +752,8 @@ struct Consumer {
         }
         fence_async_proxy();
         __syncwarp();
-        if (lane == 0) mbarrier_arrive(shared_address(&s.p_full[warpgroup]));
+        // For its warp; and the four threads that move_reference has write, each for itself.
+        if (lane == 0 || (warp == 0 && lane < 4)) mbarrier_arrive(shared_address(&s.p_full[warpgroup]));
     }
 
     // All key tiles of a segment; tile indices count from its start.

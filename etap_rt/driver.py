@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p, pointer
@@ -25,6 +26,7 @@ TENSOR_MAP_ALIGNMENT = 64  # of the buffer that cuTensorMapEncodeTiled writes, a
 
 # Values of enums in cuda.h.
 _CUDA_ERROR_NOT_INITIALIZED = 3
+_CUDA_ERROR_DEINITIALIZED = 4
 _LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6
 _CUDA_ERROR_INVALID_IMAGE = 200
 _CUDA_ERROR_INVALID_CONTEXT = 201
@@ -399,5 +401,8 @@ def _describe(lib: ctypes.CDLL, status: int) -> str:
 
 
 def _check(status: int, call: str, about: str = "") -> None:
+    if status == _CUDA_ERROR_DEINITIALIZED and threading.current_thread() is not threading.main_thread():
+        # The process is ending and a daemon thread still works: it ends, too, without a word.
+        raise SystemExit
     if status:
         raise EtapError(f"{call} failed: {_describe(_libcuda(), status)}" + (f" ({about})" if about else ""))

@@ -57,7 +57,7 @@ class Array:
 
 
 _layouts: dict[tuple[Any, ...], Layout] = {}
-_readers: dict[type, Callable[[Any, str], Array]] = {}
+_readers: dict[type, Callable[[Any, str], Array]] = {Array: lambda array, name: array}  # an Array is read already
 
 
 def describe(x: Any, name: str) -> Array:

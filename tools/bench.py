@@ -5,10 +5,10 @@
     python tools/bench.py --markdown FILE
 
 The stream floor (stream_floor.cu) brings the same pages on chip and computes nothing; calls with other page sizes are
-held against the same call with pages of 64 tokens instead. Both are timed in turns: CUDA events around one call, the L2
-cache cleaned before each by reading 1 GiB, N samples; and once all cells are done, all of them again with other pages.
-A figure is the median, its noise what the medians of the two rounds differ by. Needs a Hopper GPU and torch; works from
-source.
+held against the same call with pages of 64 tokens instead, writes into a cache against a copy of as many bytes. All
+are timed in turns: CUDA events around one call, the L2 cache cleaned before each by reading 1 GiB, N samples; and once
+all cells are done, all of them again with other pages. A figure is the median, its noise what the medians of the two
+rounds differ by. Needs a Hopper GPU and torch; works from source.
 
 `--compare` says which cells of two result files moved by more than their noise; the exit status is 1 if any got
 slower. `--markdown` prints the tables of a result file for the README. Neither needs a GPU.
@@ -36,7 +36,7 @@ from typing import Any, Literal, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from etap_rt import EtapError, UnsupportedError, compiler, driver, mla_decode, plan_decode  # noqa: E402
+from etap_rt import EtapError, PagedKVCache, UnsupportedError, compiler, driver, mla_decode, plan_decode  # noqa: E402
 
 FLOOR_SOURCE = ROOT / "tools" / "stream_floor.cu"
 FLOOR_THREADS = 32
@@ -110,6 +110,7 @@ class Cell:
     calls_in_graph: int = 0  # captured in a CUDA graph, of which the time is divided by that; 0 is an eager call
     page_size: int = PAGE_SIZE  # with another than PAGE_SIZE the call is held against the same call with PAGE_SIZE
     planned: bool = False  # arguments checked beforehand
+    written: tuple[int, ...] = ()  # not a decode but a write into a cache: new tokens of each sequence
 
     @property
     def name(self) -> str:
@@ -118,6 +119,11 @@ class Cell:
     @property
     def pages(self) -> int:
         return sum(pages_of(length) for length in self.lengths)
+
+    @property
+    def bytes(self) -> int:
+        """That have to be moved: each page once; of what is written, source and target."""
+        return self.pages * PAGE_BYTES + 2 * sum(self.written) * CACHE_DIM * 2
 
     @property
     def flop(self) -> int:
@@ -147,6 +153,10 @@ def all_cells() -> list[Cell]:
     for page_size, limit in PAGE_SIZE_TARGETS.items():
         target = Target("ratio", limit)
         cells.append(Cell("pages", "b=16 16K", f"page {page_size}", target, (16 * K,) * 16, page_size=page_size))
+    # At least 60% of the rate at which the driver copies as many bytes.
+    cells.append(Cell("write", "write", "8K tokens", Target("ratio", 1 / 0.6), written=(8 * K,)))
+    step = (1,) * 128
+    cells.append(Cell("write", "write", "128 x 1 token, graph of 20", Target("us", 4), written=step, calls_in_graph=20))
     cells.append(Cell("host", "b=16 64 tokens", "host time", Target("us", 15), (64,) * 16))
     cells.append(Cell("host", "b=16 64 tokens", "host time, planned", Target("us", 6), (64,) * 16, planned=True))
     cells.append(Cell("compile", "one kernel", "cold compile", Target("us", 3e6)))
@@ -227,6 +237,25 @@ class Problem:
         mla_decode(self.q, self.cache, self.block_table, self.cache_seqlens, softmax_scale=SOFTMAX_SCALE)
 
 
+class Write:
+    """New tokens on their way into a cache, and a copy of as many bytes to hold it against."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        import torch
+
+        pages = sum(pages_of(count) for count in tokens)
+        self.cache = PagedKVCache(pages, PAGE_SIZE, dtype=torch.bfloat16, device="cuda")
+        self.slots = self.cache.reserve([self.cache.new_sequence() for _ in tokens], list(tokens))
+        self.rows = torch.randn(sum(tokens), CACHE_DIM, device="cuda").to(torch.bfloat16)
+        self.target = torch.empty_like(self.rows)
+
+    def write(self) -> None:
+        self.cache.write(0, self.slots, self.rows[:, :LATENT_DIM], self.rows[:, LATENT_DIM:])
+
+    def copy(self) -> None:
+        self.target.copy_(self.rows)
+
+
 class Bench:
     """The GPU with what every measurement on it needs."""
 
@@ -247,17 +276,24 @@ class Bench:
         """One round of a cell."""
         if cell.group == "compile":
             return Samples([time_compile()], [])
-        problem = Problem(cell, seed)
         if cell.group == "host":
+            problem = Problem(cell, seed)
             return Samples(self.time_host(problem.plan() if cell.planned else problem.decode_into_new), [])
-        if cell.page_size == PAGE_SIZE:
-            calls = [problem.decode, self.floor_call(problem)]
-        else:
-            calls = [problem.decode, Problem(replace(cell, page_size=PAGE_SIZE), seed).decode]
+        calls = self.calls_of(cell, seed)
         if cell.calls_in_graph:
             calls = [self.capture(call, cell.calls_in_graph) for call in calls]
         times = self.time_gpu(calls)
         return Samples(*([us / max(1, cell.calls_in_graph) for us in series] for series in times))
+
+    def calls_of(self, cell: Cell, seed: int) -> list[Callable[[], None]]:
+        """What a cell is about, and what it is held against."""
+        if cell.written:
+            write = Write(cell.written)
+            return [write.write, write.copy]
+        problem = Problem(cell, seed)
+        if cell.page_size == PAGE_SIZE:
+            return [problem.decode, self.floor_call(problem)]
+        return [problem.decode, Problem(replace(cell, page_size=PAGE_SIZE), seed).decode]
 
     def floor_call(self, problem: Problem) -> Callable[[], None]:
         """A call of the stream floor over the problem's pages, on torch's current stream."""
@@ -359,7 +395,7 @@ def entry_of(cell: Cell, rounds: Sequence[Samples]) -> dict[str, Any]:
     if rounds[0].floor:
         entry["floor_us"], entry["floor_noise_us"] = summarize([samples.floor for samples in rounds])
         entry["ratio"] = round(entry["us"] / entry["floor_us"], 4)
-        entry["tb_per_s"] = round(cell.pages * PAGE_BYTES / entry["us"] / 1e6, 3)
+        entry["tb_per_s"] = round(cell.bytes / entry["us"] / 1e6, 3)
         entry["tflop_per_s"] = round(cell.flop / entry["us"] / 1e6, 2)
     if cell.target:
         entry["target"] = {cell.target.unit: cell.target.limit}

@@ -524,7 +524,7 @@ def main() -> int:
         print(failure, file=sys.stderr)
         return 1
     if options.json:
-        print(json.dumps({"seed": seed, **dataclasses.asdict(summary)}, indent=2))
+        print(json.dumps({"seed": seed, **vars(summary)}, indent=2))
     else:
         print(
             f"{summary.cases} cases, {summary.runs} runs, {summary.tokens:,} tokens in {summary.seconds:.1f} s, "

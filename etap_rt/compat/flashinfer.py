@@ -9,10 +9,11 @@ import math
 import sys
 from typing import Any, NamedTuple
 
-from etap_rt import arguments, decode
+from etap_rt import arguments, decode, interop
 from etap_rt.arguments import MAX_HEADS, NATURAL, LseForm, Problem, check_scale
 from etap_rt.compat import renamed
 from etap_rt.errors import ArgumentError, ArgumentTypeError, EtapError, UnsupportedError
+from etap_rt.interop import Array
 from etap_rt.kernels import DIMS, ELEMENT_TYPES
 from etap_rt.schedule import TILE_KEYS
 
@@ -130,7 +131,8 @@ class BatchMLAPagedAttentionWrapper:
         if use_profiler:
             raise UnsupportedError("use_profiler: the profiler inside FlashInfer's kernels", "use_profiler=False")
 
-        on_device = self._keep(indices)
+        # Read once: every run is given the same arrays.
+        on_device = {name: interop.describe(index, name) for name, index in self._keep(indices).items()}
         no_rope = self._zeros(q_data_type, page_size, dict(DIMS)[head_dim_ckv]) if head_dim_kpe == 0 else None
         self._checked = None
         self._plan = _Plan(
@@ -247,9 +249,9 @@ class _NoRope:
 
 
 class _Plan(NamedTuple):
-    starts: Any
-    pages: tuple[Any, Any]
-    lengths: Any
+    starts: Array
+    pages: tuple[Array, Array]
+    lengths: Array
     sm_scale: float
     causal: bool
     no_rope: _NoRope | None

@@ -10,6 +10,7 @@ import ctypes
 import os
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, Structure, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p
 from typing import Any
 
@@ -213,6 +214,17 @@ def test_an_early_launch_is_allowed_to_overlap_the_one_before(cuda: FakeCuda) ->
         (HANDLE, 132, 1, 1, 384, 1, 1, 200_000, STREAM, [programmatic_stream_serialization], bytes(params), False)
     ]
     assert cuda.calls("attribute") == [(HANDLE, 8, 200_000)]
+
+
+def test_a_thread_that_outlives_cuda_ends_without_a_word(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    deinitialized = 4
+    cuda.fail["cuStreamGetCaptureInfo_v2"] = [deinitialized, deinitialized]
+    with ThreadPoolExecutor() as pool:
+        raised = pool.submit(driver.capturing, STREAM).exception()
+    assert isinstance(raised, SystemExit), "which threads swallow"
+    monkeypatch.setitem(ERROR_NAMES, deinitialized, b"CUDA_ERROR_DEINITIALIZED")
+    with pytest.raises(EtapError, match="CUDA_ERROR_DEINITIALIZED"):
+        driver.capturing(STREAM)
 
 
 def test_an_early_launch_that_fails_names_the_error(cuda: FakeCuda) -> None:

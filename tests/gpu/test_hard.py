@@ -349,12 +349,12 @@ out, expected = torch.empty(2, 1, 16, 512, dtype=torch.bfloat16, device="cuda"),
 plan = etap_rt.plan_decode(q, kv_cache, table, lengths, softmax_scale=0.1)
 cache = etap_rt.PagedKVCache(8, dtype=torch.bfloat16, device="cuda")
 sequence = cache.new_sequence()
-slots, rows = cache.reserve([sequence], [2]), kv_cache[0, :2]
+slots, latent, rope = cache.reserve([sequence], [2]), kv_cache[0, :2, :512], kv_cache[0, :2, 512:]
 torch.cuda.synchronize()
 def create():
     etap_rt.PagedKVCache(8, dtype="bfloat16", device="cuda")
 def write():
-    cache.write(0, slots, rows[:, :512], rows[:, 512:])
+    cache.write(0, slots, latent, rope)
 calls = [decode, lambda: decode(out=out), lambda: plan.run(q), lambda: cache.reserve([sequence], [5]), create, write]
 for number, call in enumerate(calls):
     sys.stdout.flush()
