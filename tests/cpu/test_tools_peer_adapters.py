@@ -60,9 +60,11 @@ def dense_decode_fwd(
     out: Any,
 ) -> Any:
     assert (plan is None) == (splits is None)
+    batch, s_q, heads, _ = q.shape
+    assert out.shape == (batch, 1, s_q * heads, dims), "as the operator asks"
     result = attend((q[..., :dims], q[..., dims:]), cache[..., :dims], cache[..., dims:], table, lengths, scale, causal)
     plan = torch.zeros(1) if plan is None else plan.clone()
-    return out.copy_(result), torch.zeros(1), plan, torch.ones(1)
+    return out.copy_(result.view(out.shape)), torch.zeros(1), plan, torch.ones(1)
 
 
 def fa3_metadata(batch: int, s_q: int, longest: int, heads: int, heads_k: int, dim: int, dim_v: int, *rest: Any) -> Any:

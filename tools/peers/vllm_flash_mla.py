@@ -27,6 +27,8 @@ def prepare(inputs: Inputs) -> Callable[[], Any]:
     if inputs.page_size != PAGE_SIZE:
         raise Unsuitable(f"pages of {PAGE_SIZE} tokens only")
     cache = inputs.kv_cache.unsqueeze(2)
+    # The rows of a KV head together, tokens before heads: in memory the same as (batch, s_q, heads, dim).
+    rows = inputs.out.view(inputs.out.shape[0], 1, -1, inputs.out.shape[-1])
     decode = torch.ops._flashmla_C.dense_decode_fwd
 
     def decode_with(schedule: Any, splits: Any) -> Any:
@@ -40,9 +42,14 @@ def prepare(inputs: Inputs) -> Callable[[], Any]:
             inputs.causal,
             schedule,
             splits,
-            inputs.out,
+            rows,
         )
 
     # Without a schedule the operator makes one from the lengths; later calls are given it, as vLLM's are.
     _, _, schedule, splits = decode_with(None, None)
-    return lambda: decode_with(schedule, splits)[0]
+
+    def call() -> Any:
+        decode_with(schedule, splits)
+        return inputs.out
+
+    return call
