@@ -61,6 +61,7 @@ class Recorder:
         self.counts[count] += 1
         crash = getattr(report.longrepr, "reprcrash", None)
         text = crash.message if crash else report.longreprtext
+        text = text.replace(f"{ROOT}{os.sep}", "")  # where the checkout lies says nothing
         self.failures.append({"test": report.nodeid, "text": text[:FAILURE_CHARACTERS]})
 
 
