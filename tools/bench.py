@@ -5,10 +5,11 @@
     python tools/bench.py --markdown FILE
 
 The stream floor (stream_floor.cu) brings the same pages on chip and computes nothing; calls with other page sizes are
-held against the same call with pages of 64 tokens instead, writes into a cache against a copy of as many bytes. All
-are timed in turns: CUDA events around one call, the L2 cache cleaned before each by reading 1 GiB, N samples; and once
-all cells are done, all of them again with other pages. A figure is the median, its noise what the medians of the two
-rounds differ by. Needs a Hopper GPU and torch; works from source.
+held against the same call with pages of 64 tokens instead, ragged queries against a batch with as many for each
+request, writes into a cache against a copy of as many bytes. All are timed in turns: CUDA events around one call, the
+L2 cache cleaned before each by reading 1 GiB, N samples; and once all cells are done, all of them again with other
+pages. A figure is the median, its noise what the medians of the two rounds differ by. Needs a Hopper GPU and torch;
+works from source.
 
 `--compare` says which cells of two result files moved by more than their noise; the exit status is 1 if any got
 slower. `--markdown` prints the tables of a result file for the README. Neither needs a GPU.
@@ -30,6 +31,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -106,6 +108,7 @@ class Cell:
     lengths: tuple[int, ...] = ()  # tokens of each request
     heads: int = 16
     s_q: int = 1
+    queries: tuple[int, ...] = ()  # of each request, ragged: held against a batch with s_q of them each
     dtype: Literal["bfloat16", "float16"] = "bfloat16"
     calls_in_graph: int = 0  # captured in a CUDA graph, of which the time is divided by that; 0 is an eager call
     page_size: int = PAGE_SIZE  # with another than PAGE_SIZE the call is held against the same call with PAGE_SIZE
@@ -128,7 +131,8 @@ class Cell:
     @property
     def flop(self) -> int:
         """Of both products, without what the causal mask leaves out."""
-        keys = sum(max(0, length - query) for length in self.lengths for query in range(self.s_q))
+        queries = self.queries or (self.s_q,) * len(self.lengths)
+        keys = sum(max(0, length - query) for length, count in zip(self.lengths, queries) for query in range(count))
         return 2 * keys * self.heads * (CACHE_DIM + LATENT_DIM)
 
 
@@ -143,6 +147,8 @@ def all_cells() -> list[Cell]:
         cells.append(Cell("heads", "b=128 4K", f"{heads} heads", row_target, (4 * K,) * 128, heads))
     for s_q in (1, 2, 4):
         cells.append(Cell("queries", "b=32 8K", f"s_q={s_q}", row_target, (8 * K,) * 32, s_q=s_q))
+    mix, target = (1, 2, 4) * 11, Target("ratio", 1.1)  # as many as 7 / 3 each
+    cells.append(Cell("ragged", "b=33 8K", "1, 2, 4 queries", target, (8 * K,) * 33, s_q=2, queries=mix))
     cells.append(Cell("compute", "b=128 8K", "128 heads", Target("us", 480), (8 * K,) * 128, 128))
     for seed in (1, 2, 3):
         lengths = mixed_lengths(32, seed)
@@ -216,16 +222,28 @@ class Problem:
         def normal(*shape: int) -> Any:
             return torch.empty(shape, dtype=dtype, device="cuda").normal_(generator=generator)
 
-        self.q = normal(batch, cell.s_q, cell.heads, CACHE_DIM)
+        tokens = (sum(cell.queries),) if cell.queries else (batch, cell.s_q)
+        self.q = normal(*tokens, cell.heads, CACHE_DIM)
+        self.starts = None
+        if cell.queries:
+            self.starts = torch.tensor(list(accumulate(cell.queries, initial=0)), dtype=torch.int32, device="cuda")
         counts = [pages_of(length, cell.page_size) for length in cell.lengths]
         self.cache = normal(sum(counts), cell.page_size, CACHE_DIM)
-        self.out = normal(batch, cell.s_q, cell.heads, LATENT_DIM)
+        self.out = normal(*tokens, cell.heads, LATENT_DIM)
         self.page_order = torch.randperm(sum(counts), generator=generator, device="cuda").int()
         self.block_table = torch.nn.utils.rnn.pad_sequence(self.page_order.split(counts), batch_first=True)
         self.cache_seqlens = torch.tensor(cell.lengths, dtype=torch.int32, device="cuda")
 
     def decode(self) -> None:
-        mla_decode(self.q, self.cache, self.block_table, self.cache_seqlens, softmax_scale=SOFTMAX_SCALE, out=self.out)
+        mla_decode(
+            self.q,
+            self.cache,
+            self.block_table,
+            self.cache_seqlens,
+            softmax_scale=SOFTMAX_SCALE,
+            cu_seqlens_q=self.starts,
+            out=self.out,
+        )
 
     def plan(self) -> Callable[[], None]:
         plan = plan_decode(
@@ -291,9 +309,9 @@ class Bench:
             write = Write(cell.written)
             return [write.write, write.copy]
         problem = Problem(cell, seed)
-        if cell.page_size == PAGE_SIZE:
+        if cell.page_size == PAGE_SIZE and not cell.queries:
             return [problem.decode, self.floor_call(problem)]
-        return [problem.decode, Problem(replace(cell, page_size=PAGE_SIZE), seed).decode]
+        return [problem.decode, Problem(replace(cell, page_size=PAGE_SIZE, queries=()), seed).decode]
 
     def floor_call(self, problem: Problem) -> Callable[[], None]:
         """A call of the stream floor over the problem's pages, on torch's current stream."""
