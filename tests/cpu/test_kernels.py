@@ -92,3 +92,14 @@ def test_local_memory_is_never_touched(spec: KernelSpec, disassemble: Callable[[
     sass = disassemble(spec)
     assert f"Function : {spec.entry}" in sass
     assert LOCAL_MEMORY.findall(sass) == []
+
+
+@pytest.mark.parametrize("spec", DECODE_SPECS, ids=str)
+def test_where_operands_lie_is_computed_in_uniform_registers(
+    spec: KernelSpec, disassemble: Callable[[KernelSpec], str]
+) -> None:
+    """As long as ptxas sees that all threads of a warp do the same. Else each product waits for four moves: R2UR."""
+    lines = disassemble(spec).splitlines()
+    products = [i for i, line in enumerate(lines) if HGMMA.search(line)]
+    moves = [line for i in products for line in lines[max(0, i - 8) : i] if "R2UR" in line]
+    assert moves == []
