@@ -104,6 +104,7 @@ def test_every_adapter_says_why_it_is_skipped_without_a_gpu(monkeypatch: pytest.
 
 
 def test_a_library_is_found_where_the_command_line_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
     monkeypatch.setattr(peers, "libraries", {"_flashmla_C": tmp_path / "some.so"})
     monkeypatch.setattr(peers, "why_no_gpu", lambda: "")
     assert peers.library_version("_flashmla_C", "x.so") == "library some.so"
