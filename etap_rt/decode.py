@@ -14,7 +14,7 @@ from etap_rt.kernels import decode_spec
 from etap_rt.schedule import TILE_KEYS, Grid, plan_grid
 from etap_rt.workspace import workspace_for
 
-THREADS = 384  # of a CTA: two warpgroups that compute, one that loads
+THREADS = 384  # of a CTA: two warpgroups that compute, one that loads and coordinates
 CHUNK_DIMS = 64  # dims that one bulk copy brings, for the keys of a tile
 SHARED_BYTES = 232448  # all that a CTA can have: what the kernel does not need otherwise is ring
 VECTOR_BYTES = 16

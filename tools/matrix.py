@@ -5,7 +5,7 @@
 Needs no GPU, but uv (pip install uv), which fetches packages and, where it can, interpreters; those of pyenv are used
 if it has them. Each cell is an environment of its own under --directory, a temporary one unless given. Prints a table,
 writes tests/matrix.json (cells that were not run keep what they said, with the sources they said it of), and ends with
-status 1 if a cell failed. The matrix in the README is what this prints.
+status 1 if a cell failed.
 """
 
 from __future__ import annotations
