@@ -14,7 +14,7 @@
 // Shared memory               written by                read by               between them
 //   ring[slot]                producer                  wgmma                 chunk_full (bytes, or lanes of the producing
 //                                                                             warp), chunk_empty (4 warps)
-//   q                         warpgroup 0               wgmma                 q_full (thread 0), q_empty (everyone below)
+//   q                         warpgroup 0               wgmma                 q_full (128 threads), q_empty (everyone below)
 //   p[w]                      warpgroup w               wgmma of both         p_full[w] (7 threads); free again because w
 //                                                                             waits for the other's next P^T first
 //   reference, factor[w],     warpgroup w               both                  p_full[w]
@@ -359,7 +359,7 @@ __device__ __forceinline__ void init_barriers(const Params& p, Shared& s, int wa
         mbarrier_init(shared_address(&s.part_done[w]), CONSUMERS);
     }
     if (warp == COORDINATOR_WARP) {
-        mbarrier_init(shared_address(&s.q_full), 1);
+        mbarrier_init(shared_address(&s.q_full), WARPGROUP);
         mbarrier_init(shared_address(&s.q_empty), CONSUMERS + 32);
         mbarrier_init(shared_address(&s.sums_full), CONSUMERS);
         mbarrier_init(shared_address(&s.shares_full), CONSUMERS);
@@ -817,8 +817,7 @@ struct Consumer {
         }
         copy_wait_all();
         fence_async_proxy();
-        warpgroup_barrier();
-        if (threadIdx.x == 0) mbarrier_arrive(shared_address(&s.q_full));
+        mbarrier_arrive(shared_address(&s.q_full));
     }
 };
 

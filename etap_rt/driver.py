@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p, pointer
@@ -26,13 +25,14 @@ TENSOR_MAP_ALIGNMENT = 64  # of the buffer that cuTensorMapEncodeTiled writes, a
 
 # Values of enums in cuda.h.
 _CUDA_ERROR_NOT_INITIALIZED = 3
-_CUDA_ERROR_DEINITIALIZED = 4
 _LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6
 _CUDA_ERROR_INVALID_IMAGE = 200
 _CUDA_ERROR_INVALID_CONTEXT = 201
 _CUDA_ERROR_NO_BINARY_FOR_GPU = 209
 _CUDA_ERROR_UNSUPPORTED_PTX_VERSION = 222
 _CUDA_ERROR_INVALID_HANDLE = 400
+# What a call meets in a thread that made no CUDA call yet, or that works on another GPU.
+_CUDA_ERRORS_OF_OTHER_CONTEXTS = (_CUDA_ERROR_INVALID_CONTEXT, _CUDA_ERROR_INVALID_HANDLE)
 _CUDA_ERRORS_OF_OLD_DRIVERS = (
     _CUDA_ERROR_INVALID_IMAGE,
     _CUDA_ERROR_NO_BINARY_FOR_GPU,
@@ -163,7 +163,7 @@ class Kernel:
         A thread that made no CUDA call yet has no context, and one that works on another GPU has that GPU's.
         Finding out before each launch would cost as much as the launch.
         """
-        if status in (_CUDA_ERROR_INVALID_CONTEXT, _CUDA_ERROR_INVALID_HANDLE):
+        if status in _CUDA_ERRORS_OF_OTHER_CONTEXTS:
             with _primary_context(self.device):
                 status = self._launch(*arguments)
         _, grid, _, _, block, _, _, shared_bytes, *_ = arguments
@@ -190,11 +190,15 @@ def load_kernel(cubin: bytes, entry: str, device: int) -> Kernel:
     return Kernel(entry, function.value, device)
 
 
-def capturing(stream: int) -> int:
-    """The id of the capture that `stream` is part of, 0 when it is not being captured."""
+def capturing(device: int, stream: int) -> int:
+    """The id of the capture that `stream` of `device` is part of, 0 when it is not being captured."""
     info = _CaptureInfo()
-    status = _libcuda().cuStreamGetCaptureInfo_v2(c_void_p(stream), info, byref(info, 8), None, None, None)
+    arguments = (c_void_p(stream), info, byref(info, 8), None, None, None)
+    status = _libcuda().cuStreamGetCaptureInfo_v2(*arguments)
     if status:
+        if status in _CUDA_ERRORS_OF_OTHER_CONTEXTS:
+            with _primary_context(device):
+                status = _libcuda().cuStreamGetCaptureInfo_v2(*arguments)
         _check(status, "cuStreamGetCaptureInfo", f"stream {stream:#x}")
     return info[1] if info[0] else 0
 
@@ -401,8 +405,5 @@ def _describe(lib: ctypes.CDLL, status: int) -> str:
 
 
 def _check(status: int, call: str, about: str = "") -> None:
-    if status == _CUDA_ERROR_DEINITIALIZED and threading.current_thread() is not threading.main_thread():
-        # The process is ending and a daemon thread still works: it ends, too, without a word.
-        raise SystemExit
     if status:
         raise EtapError(f"{call} failed: {_describe(_libcuda(), status)}" + (f" ({about})" if about else ""))

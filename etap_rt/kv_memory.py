@@ -175,7 +175,7 @@ class DeviceMemory(_Arrays):
 
     def refuse_capture(self, what: str) -> None:
         """Raise UnsupportedError while the current stream is being captured: `what` depends on the host's state."""
-        if driver.capturing(self._stream()):
+        if driver.capturing(self._device.id, self._stream()):
             raise UnsupportedError(f"{what} while the stream is captured", "calling it before capture and replay")
 
     def begin_step(self, slots: Array, values: IntArray, copies: IntArray) -> None:

@@ -44,7 +44,7 @@ def workspace_for(device: int, rows: int, stream: int, like: Array) -> Workspace
     On a GPU of 132 SMs 9 MB a stream, and another 35 MB once it has seen more than 16 rows a tile, whatever the
     batch and the lengths.
     """
-    capture = driver.capturing(stream)
+    capture = driver.capturing(device, stream)
     rows = SMALL_ROWS if rows <= SMALL_ROWS else ROW_TILES[-1]
     key = (device, stream, rows, capture)
     workspace = _workspaces.get(key)

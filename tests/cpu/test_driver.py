@@ -10,7 +10,6 @@ import ctypes
 import os
 import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, Structure, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p
 from typing import Any
 
@@ -216,17 +215,6 @@ def test_an_early_launch_is_allowed_to_overlap_the_one_before(cuda: FakeCuda) ->
     assert cuda.calls("attribute") == [(HANDLE, 8, 200_000)]
 
 
-def test_a_thread_that_outlives_cuda_ends_without_a_word(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    deinitialized = 4
-    cuda.fail["cuStreamGetCaptureInfo_v2"] = [deinitialized, deinitialized]
-    with ThreadPoolExecutor() as pool:
-        raised = pool.submit(driver.capturing, STREAM).exception()
-    assert isinstance(raised, SystemExit), "which threads swallow"
-    monkeypatch.setitem(ERROR_NAMES, deinitialized, b"CUDA_ERROR_DEINITIALIZED")
-    with pytest.raises(EtapError, match="CUDA_ERROR_DEINITIALIZED"):
-        driver.capturing(STREAM)
-
-
 def test_an_early_launch_that_fails_names_the_error(cuda: FakeCuda) -> None:
     cuda.fail["cuLaunchKernelEx"] = [1]
     with pytest.raises(EtapError, match=r"CUDA_ERROR_INVALID_VALUE.*132 CTAs of 384 threads"):
@@ -287,16 +275,25 @@ def test_a_function_that_is_not_in_the_module_is_an_error(cuda: FakeCuda) -> Non
 
 
 def test_capturing_tells_captures_apart(cuda: FakeCuda) -> None:
-    assert driver.capturing(STREAM) == 0
+    assert driver.capturing(0, STREAM) == 0
     cuda.capture = (1, 2**40 + 5)
-    assert driver.capturing(STREAM) == 2**40 + 5
+    assert driver.capturing(0, STREAM) == 2**40 + 5
     assert cuda.calls("capture info")[0] == (STREAM, None, None, None)
 
 
+@pytest.mark.parametrize("error", [INVALID_CONTEXT, INVALID_HANDLE])
+def test_a_thread_without_the_devices_context_can_ask_for_captures(cuda: FakeCuda, error: int) -> None:
+    cuda.capture = (1, 7)
+    cuda.fail["cuStreamGetCaptureInfo_v2"] = [error]
+    assert driver.capturing(3, 0) == 7
+    assert cuda.calls("retain") == [(3,)]
+    assert cuda.contexts == []
+
+
 def test_a_stream_that_cannot_be_asked_is_an_error(cuda: FakeCuda) -> None:
-    cuda.fail["cuStreamGetCaptureInfo_v2"] = [INVALID_HANDLE]
+    cuda.fail["cuStreamGetCaptureInfo_v2"] = [INVALID_HANDLE, INVALID_HANDLE]
     with pytest.raises(EtapError, match=f"cuStreamGetCaptureInfo failed: CUDA_ERROR_INVALID_HANDLE.*{STREAM:#x}"):
-        driver.capturing(STREAM)
+        driver.capturing(0, STREAM)
 
 
 @pytest.mark.parametrize(("element", "number"), [("float16", 6), ("bfloat16", 9)])
@@ -417,7 +414,7 @@ def test_a_process_that_is_forked_after_the_first_call_is_told_so(cuda: FakeCuda
     layout = interop.Layout("torch", "float32", "cuda", 0, (1,), (1,))
     for work in (
         driver.device_count,
-        lambda: driver.capturing(STREAM),
+        lambda: driver.capturing(0, STREAM),
         lambda: driver.load_kernel(b"\x7fELF", "k", 0),
         lambda: interop.empty(layout, None, (1,), "float32"),
         lambda: in_forked_process(driver.device_count) and driver.device_count(),

@@ -61,7 +61,7 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Notes]:
     monkeypatch.setitem(interop._readers, torch.Tensor, read_as_cuda)
     monkeypatch.setattr(interop, "current_stream", lambda layout: STREAM)
     monkeypatch.setattr(driver, "sm_count", lambda device: SMS)
-    monkeypatch.setattr(driver, "capturing", lambda stream: 0)
+    monkeypatch.setattr(driver, "capturing", lambda device, stream: 0)
     monkeypatch.setattr(driver, "allocate_zeroed", lambda device, size: 1 << 30)
     monkeypatch.setattr(driver, "encode_tensor_map", notes.encode)
     monkeypatch.setattr(decode.compiler, "load", lambda spec, device: notes)
@@ -192,7 +192,7 @@ def test_a_log_sum_exp_is_natural(notes: Notes) -> None:
 def test_captured_launches_may_overlap_the_one_before(
     notes: Notes, monkeypatch: pytest.MonkeyPatch, capture: int, early: int
 ) -> None:
-    monkeypatch.setattr(driver, "capturing", lambda stream: capture)
+    monkeypatch.setattr(driver, "capturing", lambda device, stream: capture)
     monkeypatch.setattr(interop, "empty", lambda layout, owner, shape, dtype: torch.empty(shape, dtype=torch.uint8))
     call = arguments()
     etap_rt.mla_decode(**call, out=torch.empty(2, 1, 16, 512, dtype=torch.bfloat16))

@@ -204,6 +204,17 @@ def test_four_streams_read_one_cache_at_once() -> None:
             assert_same_bits(result, same, f"round {i}")
 
 
+def test_a_new_thread_decodes_on_the_default_stream() -> None:
+    """It has no CUDA context of its own until somebody makes the device's current."""
+    call = problem([300, 77])
+    expected = mla_decode(**call)
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(mla_decode(**call)))
+    thread.start()
+    thread.join()
+    assert_same_bits(results, [expected], "a new thread")
+
+
 def test_two_threads_decode_new_and_old_shapes() -> None:
     """Both meet each shape for the first time at about the same moment, then again and again."""
     shapes = [([70 * i + 1, 900], heads, 1) for i, heads in enumerate((5, 16, 24, 40, 100))]
