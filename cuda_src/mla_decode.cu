@@ -25,6 +25,9 @@
 //   shared_units, arrivals    coordinator               both                  met (the coordinator's first lane)
 //   shares (ring)             both warpgroups           both                  shares_full (256 threads), part_done
 //
+// Constants: IS_BF16, LATENT_DIM, ROPE_DIM, ROWS of a row tile, and GENERAL, without which there are no ragged queries, no
+// page lists and no pages smaller than a tile: a launch fetches all its instructions anew, some 60 cycles for eight of them.
+//
 // A unit whose tiles are divided over several lanes leaves partial results in the workspace; the lanes that shared it
 // meet at a counter and merge it together, each a fixed part, in the order of the lanes.
 
@@ -49,7 +52,8 @@ constexpr int OWN_BLOCKS = LATENT_CHUNKS / 2;             // blocks of 64 dims o
 constexpr int COLUMN_GROUPS = ROWS / 8;                   // columns of S^T and O^T come in groups of eight
 constexpr int Q_CHUNK_BYTES = ROWS * CHUNK_DIMS * 2;
 constexpr int P_BYTES = ROWS * TILE_KEYS * 2;
-constexpr int MERGE_PIECES = LATENT_CHUNKS * 4 * COLUMN_GROUPS;  // of 16 dims x 8 columns, what a warp merges at once
+constexpr int GROUP_PIECES = LATENT_CHUNKS * 4;  // of 16 dims x 8 columns, what a warp merges at once
+constexpr int MERGE_PIECES = COLUMN_GROUPS * GROUP_PIECES;
 
 constexpr int WARPGROUP = 128;
 constexpr int CONSUMERS = 2 * WARPGROUP;
@@ -61,6 +65,7 @@ constexpr int THREADS = (COORDINATOR_WARP + 1) * 32;
 constexpr int PRODUCER_REGISTERS = ROWS <= 32 ? 56 : 40;
 constexpr int CONSUMER_REGISTERS = ROWS <= 32 ? 224 : 232;
 constexpr int WARPGROUP_BARRIER = 1;  // named barrier of one warpgroup: + its number
+constexpr int CONSUMER_BARRIER = 3;   // of both
 
 // P may exceed 1 by this many powers of two before the columns are rescaled. Not in fp16, which is for accuracy: the heaviest
 // weight is then exactly 1, without a rounding error (rmse, 16 requests of 4K: 1.07 times that of rounding the result; with
@@ -68,9 +73,10 @@ constexpr int WARPGROUP_BARRIER = 1;  // named barrier of one warpgroup: + its n
 constexpr float LAZY_LOG2 = 8.0f;
 constexpr float GROWTH_LOG2 = IS_BF16 ? LAZY_LOG2 : 0.0f;
 #define NEG_INF (-__int_as_float(0x7f800000))
+constexpr float MOST_FINITE = 3.402823466e38f;
 
 struct Statistics {
-    float4 warp_max[ROWS];  // of the four warps of a warpgroup, while it takes the maxima of a tile's columns
+    alignas(16) float warp_max[ROWS][4];  // of the warps of a warpgroup, while it takes the maxima of a tile's columns
     float reference[ROWS];  // log2 domain; P^T = 2^(x - reference)
     float factor[2][ROWS];  // of the rescaling before an even, an odd tile
     int rescale[2];         // whether there is one
@@ -96,7 +102,7 @@ struct Params {
     const int* cache_seqlens;
     const int* cu_seqlens_q;  // or null: s_q queries a request
     const int* page_indptr;   // or null: block_table is a table
-    float4* partials;        // [slot][block of 64 dims][warp][column group][lane of the warp]
+    float4* partials;        // [slot][column group][block of 64 dims][warp][lane of the warp]
     float2* partial_stats;   // [slot][column]: reference, sum
     u32* counters;           // [lane of the grid][row group][COUNTER_WORDS]; zero between launches
     i64 k_strides[2];        // elements, of (page, token)
@@ -146,24 +152,25 @@ __device__ __forceinline__ Range list_range(const int* list, int i, int limit) {
 }
 
 __device__ __forceinline__ Range queries_of(const Params& p, int request) {
-    return p.cu_seqlens_q ? list_range(p.cu_seqlens_q, request, p.total_q) : Range{0, p.s_q};
+    return GENERAL && p.cu_seqlens_q ? list_range(p.cu_seqlens_q, request, p.total_q) : Range{0, p.s_q};
 }
 
 __device__ __forceinline__ int passes_of(const Params& p, int request) {
-    if (!p.cu_seqlens_q) return p.passes;
+    if (!GENERAL || !p.cu_seqlens_q) return p.passes;
     const int tiles = (queries_of(p, request).count * p.heads + ROWS - 1) / ROWS;
     return p.by_row_groups(tiles + p.row_groups - 1);
 }
 
 __device__ __forceinline__ int seqlen_of(const Params& p, int request) {
-    const int pages = p.page_indptr ? list_range(p.page_indptr, request, p.max_pages).count : p.max_pages;
+    const int pages = GENERAL && p.page_indptr ? list_range(p.page_indptr, request, p.max_pages).count : p.max_pages;
     const i64 capacity = i64(pages) * p.page_size;
     const i64 length = p.cache_seqlens[request * p.seqlens_stride];
     return int(length < 0 ? 0 : length > capacity ? capacity : length);
 }
 
 __device__ __forceinline__ const int* pages_of(const Params& p, int request) {
-    return p.block_table + (p.page_indptr ? list_range(p.page_indptr, request, p.max_pages).begin : request * p.table_stride);
+    return p.block_table +
+           (GENERAL && p.page_indptr ? list_range(p.page_indptr, request, p.max_pages).begin : request * p.table_stride);
 }
 
 // When things happened in a CTA, for tools/trace.py; nothing at all unless compiled with TRACE.
@@ -349,7 +356,7 @@ __device__ __forceinline__ void init_barriers(const Params& p, Shared& s, int wa
     if (threadIdx.x % 32 > 0) return;
 #pragma unroll 1
     for (int i = warp; i < SLOTS; i += THREADS / 32) {
-        mbarrier_init(shared_address(&s.chunk_full[i]), p.gather ? 32 : 1);
+        mbarrier_init(shared_address(&s.chunk_full[i]), GENERAL && p.gather ? 32 : 1);
         mbarrier_init(shared_address(&s.chunk_empty[i]), 4);
     }
     if (warp >= CONSUMER_WARPS && warp < CONSUMER_WARPS + 2) {
@@ -370,6 +377,7 @@ __device__ __forceinline__ void init_barriers(const Params& p, Shared& s, int wa
 // How the tiles are divided and where this lane starts: a scan over the lengths by each warp, for itself. Thread l takes
 // the l-th block of requests.
 __device__ __forceinline__ Start find_start(const Params& p, int lane) {
+    constexpr int TOO_LONG = 1 << 30;  // to be shared out evenly: a request of other passes than the host counted on
     const int l = threadIdx.x % 32;
     const int each = (p.batch + 31) / 32;
     const int begin = min(l * each, p.batch), end = min(begin + each, p.batch);
@@ -379,7 +387,7 @@ __device__ __forceinline__ Start find_start(const Params& p, int lane) {
         const int passes = passes_of(p, r), unit_tiles = unit_tiles_of(seqlen_of(p, r));
         units += passes;
         tiles += passes * unit_tiles;
-        longest = max(longest, unit_tiles);
+        longest = max(longest, passes == p.passes ? unit_tiles : TOO_LONG);
     }
     Start start;
     const int total = __reduce_add_sync(~0u, tiles);
@@ -469,13 +477,13 @@ __device__ __forceinline__ void gather_tile(const Params& p, Shared& s, const Pl
     }
 }
 
-__device__ __forceinline__ void produce(const Params& p, Shared& s, const Start& start, int lane) {
+__device__ __forceinline__ void produce(const Params& p, Shared& s, Walk walk) {
     const int l = threadIdx.x % 32;
     Place place(0, 0);
-    for (Walk walk(p, start, lane); walk.active(); walk.next(p, start)) {
+    for (; walk.active(); walk.next(p, s.start)) {
         const int tiles = walk.key_tiles();
         const int* table = pages_of(p, walk.request);
-        if (p.tile_pages == 1) {
+        if (!GENERAL || p.tile_pages == 1) {
             // Each thread of the warp holds the page of one of the next 32 tiles.
             auto page_of = [&](int i) { return i < tiles ? table[p.by_page_tiles(walk.tile_begin + i)] : 0; };
             int pages = page_of(l);
@@ -579,7 +587,7 @@ struct Consumer {
         if (from == 0)
 #pragma unroll
             for (int i = 0; i < ROWS / 2; ++i) x[i] = 0.0f;
-        if (p.gather) fence_gathered(first, from, to);
+        if (GENERAL && p.gather) fence_gathered(first, from, to);
         Place place = first.ahead(from);
         u32 q = operand_descriptor(shared_address(s.q)) + from * (Q_CHUNK_BYTES >> 4);
 #pragma unroll 1
@@ -669,43 +677,61 @@ struct Consumer {
         warpgroup_barrier();
     }
 
-    // Takes the column maxima of the tile into the reference and rescales what has been accumulated.
+    // Takes the column maxima of the tile into the reference and rescales what has been accumulated. Each step is taken for
+    // all columns before the next one, or the columns would wait for each other's shuffles and loads.
     __device__ __forceinline__ void move_reference(int tile) {
         Statistics& st = s.statistics;
-        float* warp_max = reinterpret_cast<float*>(st.warp_max);
-        float old[COLUMN_GROUPS][2];
+        float top[COLUMN_GROUPS][2], old[COLUMN_GROUPS][2];
 #pragma unroll
         for (int g = 0; g < COLUMN_GROUPS; ++g)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 old[g][e] = tile == 0 ? NEG_INF : st.reference[column(g, e)];
-                float m = fmaxf(x[g * 4 + e], x[g * 4 + e + 2]);
-#pragma unroll
-                for (int d = 4; d < 32; d *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, d));
-                if (lane < 4) warp_max[column(g, e) * 4 + warp] = m;
+                top[g][e] = fmaxf(x[g * 4 + e], x[g * 4 + e + 2]);
             }
+#pragma unroll
+        for (int d = 4; d < 32; d *= 2)
+#pragma unroll
+            for (int g = 0; g < COLUMN_GROUPS; ++g)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) top[g][e] = fmaxf(top[g][e], __shfl_xor_sync(~0u, top[g][e], d));
+        if (lane < 4) {
+#pragma unroll
+            for (int g = 0; g < COLUMN_GROUPS; ++g)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) st.warp_max[column(g, e)][warp] = top[g][e];
+        }
         warpgroup_barrier();
 #pragma unroll
         for (int g = 0; g < COLUMN_GROUPS; ++g)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                const int n = column(g, e);
-                const float4 m = st.warp_max[n];
-                const float grown = fmaxf(fmaxf(fmaxf(m.x, m.y), fmaxf(m.z, m.w)) * p.scale_log2, old[g][e]);
-                const float factor = grown == old[g][e] ? 1.0f : exp2_approx(old[g][e] - grown);
+                const float4 m = *reinterpret_cast<const float4*>(st.warp_max[column(g, e)]);
+                top[g][e] = fmaxf(fmaxf(fmaxf(m.x, m.y), fmaxf(m.z, m.w)) * p.scale_log2, old[g][e]);
+            }
+#pragma unroll
+        for (int g = 0; g < COLUMN_GROUPS; ++g)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const float factor = top[g][e] == old[g][e] ? 1.0f : exp2_approx(old[g][e] - top[g][e]);
                 if (tile > 0) scale_column(g, e, factor);
                 if (warp == 0 && lane < 4) {
-                    st.reference[n] = grown;
-                    st.factor[warpgroup][n] = factor;
+                    st.reference[column(g, e)] = top[g][e];
+                    st.factor[warpgroup][column(g, e)] = factor;
                 }
             }
         if (threadIdx.x % WARPGROUP == 0) st.rescale[warpgroup] = 1;
         warpgroup_barrier();
     }
 
+    // Of this thread's columns.
+    __device__ __forceinline__ void load_reference(float2 (&m)[COLUMN_GROUPS]) const {
+#pragma unroll
+        for (int g = 0; g < COLUMN_GROUPS; ++g) m[g] = *reinterpret_cast<const float2*>(&s.statistics.reference[column(g, 0)]);
+    }
+
     // Softmax of a finished S^T, published as P^T. No product may be running.
     __device__ __forceinline__ void publish_weights(int tile, int first_key, int seqlen, const RowTile& rows) {
-        const float* reference = s.statistics.reference;
         // Keys that the rows see: of the first row, which sees the fewest.
         const int limit = p.causal ? seqlen - rows.queries + 1 + p.by_heads(rows.first) : seqlen;
         if (first_key + TILE_KEYS > min(limit, seqlen)) {
@@ -719,37 +745,47 @@ struct Consumer {
                     if (key + (e < 2 ? 0 : 8) >= seen) x[g * 4 + e] = NEG_INF;
                 }
         }
+        float2 m[COLUMN_GROUPS];
+        load_reference(m);
         bool excess = tile == 0;
         if (tile > 0) {
 #pragma unroll
-            for (int g = 0; g < COLUMN_GROUPS; ++g)
-#pragma unroll
-                for (int e = 0; e < 2; ++e)
-                    excess |= fmaf(fmaxf(x[g * 4 + e], x[g * 4 + e + 2]), p.scale_log2, -reference[column(g, e)]) > GROWTH_LOG2;
+            for (int g = 0; g < COLUMN_GROUPS; ++g) {
+                excess |= fmaf(fmaxf(x[g * 4], x[g * 4 + 2]), p.scale_log2, -m[g].x) > GROWTH_LOG2;
+                excess |= fmaf(fmaxf(x[g * 4 + 1], x[g * 4 + 3]), p.scale_log2, -m[g].y) > GROWTH_LOG2;
+            }
             excess = warpgroup == 0 ? named_barrier_any<WARPGROUP_BARRIER, WARPGROUP>(excess)
                                     : named_barrier_any<WARPGROUP_BARRIER + 1, WARPGROUP>(excess);
         }
-        if (excess)
+        if (excess) {
             move_reference(tile);
-        else if (threadIdx.x % WARPGROUP == 0)
+            load_reference(m);
+        } else if (threadIdx.x % WARPGROUP == 0) {
             s.statistics.rescale[warpgroup] = 0;
+        }
 
-        const u32 p_base = shared_address(s.p[warpgroup]);
+        // All weights before the first is stored: one column group after the other would wait for each group's chain of
+        // exponentials anew.
+        u32 weights[COLUMN_GROUPS][2];
 #pragma unroll
         for (int g = 0; g < COLUMN_GROUPS; ++g) {
             float w[4];
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                const float m = reference[column(g, e)], safe = m == NEG_INF ? 0.0f : m;
+                // Of a column that has seen no key yet, the reference is -inf and so are the scores.
+                const float safe = fmaxf(e == 0 ? m[g].x : m[g].y, -MOST_FINITE);
                 w[e] = exp2_approx(fmaf(x[g * 4 + e], p.scale_log2, -safe));
                 w[e + 2] = exp2_approx(fmaf(x[g * 4 + e + 2], p.scale_log2, -safe));
                 sums[g][e] += w[e] + w[e + 2];
             }
-            // P is kept [column][key], K-major: 128 bytes a column, 16-byte pieces swizzled by the column.
-            const int n = g * 8 + lane % 8, piece = warp * 2 + lane / 8 % 2;
-            store_transposed_x2(p_base + n * 128 + ((piece ^ (n & 7)) << 4), pack<IS_BF16>(w[0], w[1]),
-                                pack<IS_BF16>(w[2], w[3]));
+            weights[g][0] = pack<IS_BF16>(w[0], w[1]);
+            weights[g][1] = pack<IS_BF16>(w[2], w[3]);
         }
+        // P is kept [column][key], K-major: 128 bytes a column, 16-byte pieces swizzled by the column.
+        const int n = lane % 8, piece = warp * 2 + lane / 8 % 2;
+        const u32 target = shared_address(s.p[warpgroup]) + n * 128 + ((piece ^ n) << 4);
+#pragma unroll
+        for (int g = 0; g < COLUMN_GROUPS; ++g) store_transposed_x2(target + g * 8 * 128, weights[g][0], weights[g][1]);
         fence_async_proxy();
         __syncwarp();
         // For its warp; and the four threads that move_reference has write, each for itself.
@@ -874,14 +910,16 @@ __device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, co
     Shared& s = c.s;
     const bool whole = walk.whole();
     if (!whole) {
-        const int block = partial_slot(p, lane, walk.starts(), row_group) * LATENT_CHUNKS + c.warpgroup * OWN_BLOCKS;
-        float4* target = p.partials + (block * 4 + c.warp) * COLUMN_GROUPS * 32 + c.lane;
+        const int slot = partial_slot(p, lane, walk.starts(), row_group);
+        float4* target = p.partials + (slot * MERGE_PIECES + c.warpgroup * OWN_BLOCKS * 4 + c.warp) * 32 + c.lane;
 #pragma unroll
         for (int g = 0; g < COLUMN_GROUPS; ++g)
+            if (g * 8 < rows.count) {
 #pragma unroll
-            for (int b = 0; b < OWN_BLOCKS; ++b) {
-                const float* v = &c.o[b][g * 4];
-                target[(b * 4 * COLUMN_GROUPS + g) * 32] = make_float4(v[0], v[1], v[2], v[3]);
+                for (int b = 0; b < OWN_BLOCKS; ++b) {
+                    const float* v = &c.o[b][g * 4];
+                    target[(g * GROUP_PIECES + b * 4) * 32] = make_float4(v[0], v[1], v[2], v[3]);
+                }
             }
     }
     ColumnSums& sums = reinterpret_cast<ColumnSums&>(s.q);
@@ -982,7 +1020,7 @@ struct Partials {
 __device__ __forceinline__ void merge_members(const Params& p, const SharedUnit& unit, int row_group, int piece, int from,
                                               int to, Merged& m) {
     constexpr int BATCH = 9;  // two batches are in flight together: 17 members a warp when 132 lanes share a unit
-    const int lane = threadIdx.x % 32, group = piece % COLUMN_GROUPS;
+    const int lane = threadIdx.x % 32, group = piece / GROUP_PIECES;
     const u32 first = partial_slot(p, unit.first_lane, false, row_group), own = p.row_groups, step = 2 * p.row_groups;
     const float4* values = p.partials + first * (MERGE_PIECES * 32) + piece * 32 + lane;
     const float4* statistics = reinterpret_cast<const float4*>(p.partial_stats + first * ROWS) + group * 4 + lane % 4;
@@ -998,26 +1036,24 @@ __device__ __forceinline__ void merge_members(const Params& p, const SharedUnit&
 }
 
 // The part of a shared unit that falls to member `member`: pieces member, member + members, ... of the unit's
-// (block, warp, column group) pieces. With few pieces several warps divide the members of one among them.
+// (column group, block, warp) pieces. With few pieces several warps divide the members of one among them.
 __device__ __forceinline__ void merge_part(const Params& p, Shared& s, const SharedUnit& unit, int index, int row_group,
                                            int member, u32& shares_phase) {
     const int members = unit.members;
     const RowTile rows = row_tile_of(p, unit.request, unit.pass, row_group);
-    const int share_log2 = member + 4 * members < MERGE_PIECES   ? 0
-                           : member + 2 * members < MERGE_PIECES ? 1
-                           : member + members < MERGE_PIECES     ? 2
-                                                                 : 3;
+    const int pieces = (rows.count + 7) / 8 * GROUP_PIECES;  // of columns that exist
+    const int share_log2 = member + 4 * members < pieces ? 0 : member + 2 * members < pieces ? 1 : member + members < pieces ? 2 : 3;
     const int helpers = 1 << share_log2;  // warps that divide a piece; if there are several, there is one round
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int helper = warp % helpers;
     // The ring is idle: its first slots carry the helpers' shares.
     Merged(*shares)[32] = reinterpret_cast<Merged(*)[32]>(s.ring[index]);
 #pragma unroll 1
-    for (int first = member; first < MERGE_PIECES; first += (CONSUMER_WARPS >> share_log2) * members) {
+    for (int first = member; first < pieces; first += (CONSUMER_WARPS >> share_log2) * members) {
         const int piece = first + (warp >> share_log2) * members;
-        const int group = piece % COLUMN_GROUPS, block = piece / (4 * COLUMN_GROUPS), row_warp = piece / COLUMN_GROUPS % 4;
+        const int group = piece / GROUP_PIECES, block = piece / 4 % LATENT_CHUNKS, row_warp = piece % 4;
         Merged m = {{0, 0, 0, 0}, {NEG_INF, NEG_INF}, {0, 0}};
-        if (piece < MERGE_PIECES)
+        if (piece < pieces)
             merge_members(p, unit, row_group, piece, members * helper >> share_log2, members * (helper + 1) >> share_log2, m);
         if (helpers > 1) {
             shares[warp][lane] = m;
@@ -1039,7 +1075,7 @@ __device__ __forceinline__ void merge_part(const Params& p, Shared& s, const Sha
                     }
                 }
         }
-        if (helper == 0 && piece < MERGE_PIECES) {
+        if (helper == 0 && piece < pieces) {
             store_outputs(p, unit.request, rows, group, block * CHUNK_DIMS + row_warp * 16, m.v, inverse(m.sum[0]),
                           inverse(m.sum[1]));
             if (block == 0 && row_warp == 0 && lane < 4)
@@ -1082,7 +1118,8 @@ __device__ __forceinline__ void merge_unit(const Params& p, Shared& s, int index
 #pragma unroll 1
     for (int part = abandoned ? 0 : member; part < unit.members; ++part) {
         const volatile u32* gave_up = gave_up_word(p, unit, part, row_group);
-        if (part == member || *gave_up) {
+        // One thread looks for all: a member that finds out too late that everybody has arrived may write at this moment.
+        if (part == member || named_barrier_any<CONSUMER_BARRIER, CONSUMERS>(threadIdx.x == 0 && *gave_up)) {
             merge_part(p, s, unit, index, row_group, part, shares_phase);
             if (!abandoned) return;
             mbarrier_arrive(shared_address(&s.part_done[index]));
@@ -1101,14 +1138,14 @@ __device__ __forceinline__ SharedUnit shared_unit(const Params& p, const Start& 
     return {walk.request, walk.pass, first, division.lane_of(walk.unit_begin + walk.unit_tiles - 1) - first + 1};
 }
 
-__device__ __forceinline__ void coordinate(const Params& p, Shared& s, const Start& start, int lane, int row_group) {
+__device__ __forceinline__ void coordinate(const Params& p, Shared& s, Walk walk, int lane, int row_group) {
     const int l = threadIdx.x % 32;
     const ColumnSums& sums = reinterpret_cast<const ColumnSums&>(s.q);
     int units = 0;
     u32 phase = 0;
-    for (Walk walk(p, start, lane); walk.active(); walk.next(p, start)) {
+    for (; walk.active(); walk.next(p, s.start)) {
         SharedUnit unit;
-        if (!walk.whole()) unit = shared_unit(p, start, walk, lane);
+        if (!walk.whole()) unit = shared_unit(p, s.start, walk, lane);
         mbarrier_wait(shared_address(&s.sums_full), phase);
         phase ^= 1;
         if (!walk.whole()) {
@@ -1146,12 +1183,12 @@ __device__ __forceinline__ void coordinate(const Params& p, Shared& s, const Sta
     }
 }
 
-__device__ __forceinline__ void consume(const Params& p, Shared& s, const Start& start, int lane, int row_group) {
+__device__ __forceinline__ void consume(const Params& p, Shared& s, Walk walk, int lane, int row_group) {
     Consumer c(p, s);
     // A lane shares at most two units: the one it starts in the middle of and the one it does not finish.
     int shared_units = 0;
     u32 phase = 0;
-    for (Walk walk(p, start, lane); walk.active(); walk.next(p, start)) {
+    for (; walk.active(); walk.next(p, s.start)) {
         const RowTile rows = row_tile_of(p, walk.request, walk.pass, row_group);
         if (c.warpgroup == 0) {
             mbarrier_wait(shared_address(&s.q_empty), phase ^ 1);  // a fresh barrier lets the first wait pass
@@ -1183,17 +1220,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
     wait_for_predecessor();
     if (warp == COORDINATOR_WARP - 1) prefetch_inputs(p, lane);
     const Start start = find_start(p, lane);
+    const Walk walk(p, start, lane);  // here, so that all roles fetch the same instructions
     if (threadIdx.x == COORDINATOR_WARP * 32) s.start = start;  // out of the way of the accumulators
     __syncthreads();                                            // and the barriers are initialised
     if (warp >= CONSUMER_WARPS) {
         registers_give_up<PRODUCER_REGISTERS>();
         if (warp < COORDINATOR_WARP)
-            produce(p, s, s.start, lane);
+            produce(p, s, walk);
         else
-            coordinate(p, s, s.start, lane, row_group);
+            coordinate(p, s, walk, lane, row_group);
     } else {
         registers_take<CONSUMER_REGISTERS>();
-        consume(p, s, s.start, lane, row_group);
+        consume(p, s, walk, lane, row_group);
         trace(p, TRACE_END);
     }
 }

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 from etap_rt.errors import ArgumentError, ArgumentTypeError
 from etap_rt.interop import Array, Layout, describe, remember, to_host
 from etap_rt.kernels import DIMS, ELEMENT_TYPES, ElementType
-from etap_rt.schedule import TILE_KEYS
+from etap_rt.schedule import ROW_TILES, TILE_KEYS
 
 MAX_HEADS = 128
 MAX_SCALE = 2e38  # times log2(e) still a float32
@@ -72,10 +72,21 @@ class Problem:
         return (self.heads, self.total_q) if self.ragged else (self.batch, self.heads, self.s_q)
 
     @property
+    def general(self) -> bool:
+        """Whether it takes the kernel that knows ragged queries, page lists and pages smaller than a tile."""
+        return self.ragged or self.csr or self.page_size < TILE_KEYS
+
+    @property
     def typical_rows(self) -> int:
-        """Query rows (token * heads + head) of a request; of ragged ones what the host knows: the mean, rounded up."""
-        s_q = -(-self.total_q // self.batch) if self.ragged else self.s_q
-        return s_q * self.heads
+        """Query rows (token * heads + head) of a request, for which row tiles and grid are chosen.
+
+        Of ragged queries the host knows the mean. When that is more than one, some requests may have more than others:
+        up to 64, twice the mean still costs less than a second pass over the pages of those.
+        """
+        if not self.ragged:
+            return self.s_q * self.heads
+        mean = -(-self.total_q // self.batch) * self.heads
+        return mean if self.total_q <= self.batch else max(mean, min(2 * mean, ROW_TILES[-1]))
 
 
 class LseForm(NamedTuple):

@@ -243,8 +243,7 @@ def make_params(problem: Problem, grid: Grid) -> Params:
     params.lanes, params.row_groups, params.passes = grid.lanes, grid.row_groups, grid.passes
     params.by_heads, params.by_page_tiles = divider(params.heads), divider(params.page_tiles)
     params.by_lanes = divider(params.lanes)
-    # The host does not know how many passes ragged requests take: those are never shared out evenly.
-    params.share = 0 if problem.ragged else grid.lanes // (problem.batch * grid.passes)
+    params.share = grid.lanes // (problem.batch * grid.passes)
     params.by_share, params.by_row_groups = divider(max(1, params.share)), divider(params.row_groups)
     params.by_passes = divider(params.passes)
     return params
@@ -261,7 +260,14 @@ class Launch:
     def __init__(self, problem: Problem, trace: bool = False) -> None:
         self.problem = problem
         self.grid = plan_grid(problem.typical_rows, driver.sm_count(problem.device))
-        spec = decode_spec(problem.element, problem.latent_dim, problem.rope_dim, self.grid.rows, trace)
+        spec = decode_spec(
+            problem.element,
+            problem.latent_dim,
+            problem.rope_dim,
+            self.grid.rows,
+            general=problem.general,
+            trace=trace,
+        )
         self.kernel = compiler.load(spec, problem.device)
         self.params = make_params(problem, self.grid)
         self.params_address = ctypes.addressof(self.params)

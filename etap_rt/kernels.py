@@ -28,14 +28,19 @@ class KernelSpec:
         return f"{self.entry}[{', '.join(f'{name}={value}' for name, value in self.defines)}]"
 
 
-def decode_spec(dtype: ElementType, latent_dim: int, rope_dim: int, rows: int, trace: bool = False) -> KernelSpec:
+def decode_spec(
+    dtype: ElementType, latent_dim: int, rope_dim: int, rows: int, *, general: bool = False, trace: bool = False
+) -> KernelSpec:
     """The decode kernel for one element type, (latent, rope) dims and `rows` query rows a tile.
 
-    With `trace` it writes down when its CTAs did what.
+    Unless it is `general` it knows nothing of ragged queries, page lists and pages smaller than a tile: a launch fetches
+    all its instructions anew, and to step over those took longer than anything else before the first load. With
+    `trace` the kernel writes down when its CTAs did what.
     """
     if dtype not in ELEMENT_TYPES or (latent_dim, rope_dim) not in DIMS or rows not in ROW_TILES:
         raise ValueError(f"no decode kernel for {dtype}, dims {latent_dim} + {rope_dim}, {rows} rows a tile")
     constants = {"IS_BF16": int(dtype == "bfloat16"), "LATENT_DIM": latent_dim, "ROPE_DIM": rope_dim, "ROWS": rows}
+    constants["GENERAL"] = int(general)
     if trace:
         constants["TRACE"] = 1
     return KernelSpec("mla_decode.cu", "mla_decode", tuple(sorted(constants.items())))
@@ -64,6 +69,12 @@ def merge_states_spec(dtype: StateType) -> KernelSpec:
 
 def all_specs() -> list[KernelSpec]:
     """Every kernel the package can ask for, in a fixed order."""
-    decode = [decode_spec(t, latent, rope, rows) for t in ELEMENT_TYPES for latent, rope in DIMS for rows in ROW_TILES]
+    decode = [
+        decode_spec(dtype, *dims, rows, general=general)
+        for general in (False, True)
+        for dtype in ELEMENT_TYPES
+        for dims in DIMS
+        for rows in ROW_TILES
+    ]
     states = [merge_states_spec(t) for t in STATE_TYPES]
     return [*decode, kv_write_spec(), page_copy_spec(), batch_update_spec(), *states]

@@ -7,6 +7,7 @@ read; whatever lies in the cache besides cannot reach a result.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, TypeAlias
@@ -122,8 +123,11 @@ def decode_tiled(call: Call, softmax_scale: float, causal: bool, sm_count: int =
     lse = None if call.lse is None else as_numpy(call.lse)
     grid = plan_grid(problem.typical_rows, sm_count)
     units = _units(call, grid)
-    # Ragged requests have passes of their own, so each unit counts as a request of one pass.
-    work = divide([unit.length for unit in units], replace(grid, passes=1))
+    # Ragged requests have passes of their own, so each unit counts as a request of one pass. If those are not what the
+    # host counted on, the units are not shared out evenly.
+    passes = Counter(unit.request for unit in units)
+    expected = all(passes[request] == grid.passes for request in range(problem.batch))
+    work = divide([unit.length for unit in units], replace(grid, passes=1), may_be_even=expected)
     scale_log2 = np.float32(softmax_scale * math.log2(math.e))
     partials: dict[int, list[_Partial]] = {}
     with np.errstate(invalid="ignore", over="ignore", under="ignore", divide="ignore"):

@@ -75,13 +75,14 @@ def unit_tiles(seqlen: int) -> int:
     return max(1, -(-seqlen // TILE_KEYS))
 
 
-def divide(seqlens: Sequence[int], grid: Grid) -> list[list[Segment]]:
+def divide(seqlens: Sequence[int], grid: Grid, may_be_even: bool = True) -> list[list[Segment]]:
     """Divide the key tiles of all units over the lanes of `grid`; the mirror of the kernel's division.
 
     Evenly: every unit gets the same number of lanes, every lane at most one segment. That is best for requests of
     about the same length. Otherwise all units stand in a row in the order (request, pass), SWITCH_TILES empty
     cells before each to pay for the switch, and every lane gets the same number of cells. The division that
-    leaves less to the busiest lane is taken, the even one if both are as good. Returns one list of segments a lane.
+    leaves less to the busiest lane is taken, the even one if both are as good and it `may_be_even`. Returns one list
+    of segments a lane.
     """
     units = [(r, p, unit_tiles(n)) for r, n in enumerate(seqlens) for p in range(grid.passes)]
     if not units:
@@ -90,7 +91,7 @@ def divide(seqlens: Sequence[int], grid: Grid) -> list[list[Segment]]:
     longest = max(n for _, _, n in units)
     gap = SWITCH_TILES if total > grid.lanes else 0
     share = grid.lanes // len(units)
-    if share and -(-longest // share) <= -(-(total + gap * len(units)) // grid.lanes):
+    if may_be_even and share and -(-longest // share) <= -(-(total + gap * len(units)) // grid.lanes):
         return _divide_evenly(units, grid, share)
     return _divide_in_a_row(units, grid, gap, total + gap * len(units))
 

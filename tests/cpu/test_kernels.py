@@ -56,8 +56,14 @@ def constants(spec: KernelSpec) -> dict[str, int]:
 
 
 def test_there_is_a_decode_kernel_for_every_dtype_dims_and_row_tile() -> None:
-    wanted = {decode_spec(dtype, *dims, rows) for dtype in ELEMENT_TYPES for dims in DIMS for rows in ROW_TILES}
-    assert len(DECODE_SPECS) == len(wanted) == 20
+    wanted = {
+        decode_spec(dtype, *dims, rows, general=general)
+        for dtype in ELEMENT_TYPES
+        for dims in DIMS
+        for rows in ROW_TILES
+        for general in (False, True)
+    }
+    assert len(DECODE_SPECS) == len(wanted) == 40
     assert set(DECODE_SPECS) == wanted
 
 

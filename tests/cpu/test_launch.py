@@ -178,7 +178,7 @@ def test_ragged_queries_and_page_lists_arrive(notes: Notes) -> None:
         params = notes.params[-1]
         assert (params.cu_seqlens_q, params.page_indptr) == (offsets.data_ptr(), indptr.data_ptr())
         assert (params.block_table, params.max_pages, params.table_stride) == (indices.data_ptr(), pages, 0)
-        assert (params.batch, params.total_q, params.s_q, params.share) == (2, 5, 0, 0)
+        assert (params.batch, params.total_q, params.s_q, params.share) == (2, 5, 0, 66)
         assert list(params.q_strides) == [0, 16 * 576, 576]
 
 
