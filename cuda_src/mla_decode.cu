@@ -22,7 +22,7 @@
 //   sums (where q was)        both warpgroups           both, coordinator     sums_full (256 threads), q_empty (256 threads
 //                                                                             and the coordinator's 32)
 //   start                     coordinator               everyone              __syncthreads
-//   shared_units, arrivals    coordinator               both                  met (the coordinator's first lane)
+//   shared_units, arrivals    coordinator               both                  unit_known, met (the coordinator's first lane)
 //   shares (ring)             both warpgroups           both                  shares_full (256 threads), part_done
 //
 // Constants: IS_BF16, LATENT_DIM, ROPE_DIM, ROWS of a row tile, and GENERAL, without which there are no ragged queries, no
@@ -118,7 +118,8 @@ struct Params {
     int s_q;
     int total_q;  // of all requests, with cu_seqlens_q
     int heads;
-    int max_pages;  // columns of the table, or entries of the lists
+    int max_pages;       // columns of the table, or entries of the lists
+    int table_capacity;  // tokens of a request whose row of the table is full
     int page_size;
     int page_tiles;  // key tiles of a page, 1 for pages smaller than a tile
     int tile_pages;  // pages of a key tile, 1 for pages that hold whole tiles
@@ -141,9 +142,20 @@ struct Params {
 // continues, for the unit it starts.
 constexpr int COUNTER_WORDS = 4;
 
+__device__ __forceinline__ u32* counter_of(const Params& p, int lane, int row_group) {
+    return p.counters + (lane * p.row_groups + row_group) * COUNTER_WORDS;
+}
+
+// Partial results: a lane has one slot for the unit it starts in the middle of, one for the unit it starts.
+__device__ __forceinline__ int partial_slot(const Params& p, int lane, bool starts, int row_group) {
+    return (lane * 2 + int(starts)) * p.row_groups + row_group;
+}
+
 struct Range {
     int begin, count;
 };
+
+constexpr i64 MOST_TOKENS = 0x7fffffff;
 
 // Entries [list[i], list[i + 1]) of an array of `limit`, whatever the list says.
 __device__ __forceinline__ Range list_range(const int* list, int i, int limit) {
@@ -162,10 +174,10 @@ __device__ __forceinline__ int passes_of(const Params& p, int request) {
 }
 
 __device__ __forceinline__ int seqlen_of(const Params& p, int request) {
-    const int pages = GENERAL && p.page_indptr ? list_range(p.page_indptr, request, p.max_pages).count : p.max_pages;
-    const i64 capacity = i64(pages) * p.page_size;
-    const i64 length = p.cache_seqlens[request * p.seqlens_stride];
-    return int(length < 0 ? 0 : length > capacity ? capacity : length);
+    int capacity = p.table_capacity;
+    if (GENERAL && p.page_indptr)
+        capacity = int(min(i64(list_range(p.page_indptr, request, p.max_pages).count) * p.page_size, MOST_TOKENS));
+    return max(0, min(p.cache_seqlens[request * p.seqlens_stride], capacity));
 }
 
 __device__ __forceinline__ const int* pages_of(const Params& p, int request) {
@@ -307,7 +319,7 @@ struct SharedUnit {
 
 constexpr int SHARED_LIMIT = 232448;
 constexpr int FIXED_BYTES =
-    TILE_CHUNKS * Q_CHUNK_BYTES + 2 * P_BYTES + sizeof(Statistics) + sizeof(Start) + 2 * sizeof(SharedUnit) + 13 * 8;
+    TILE_CHUNKS * Q_CHUNK_BYTES + 2 * P_BYTES + sizeof(Statistics) + sizeof(Start) + 2 * sizeof(SharedUnit) + 15 * 8;
 constexpr int SLOTS = (SHARED_LIMIT - FIXED_BYTES) / (CHUNK_BYTES + 2 * 8);
 // Chunks of its next tile that a warpgroup multiplies before it turns to the tile in between: products for the time of the
 // other's softmax, but with 64 rows the tile in between holds half of the ring and should not wait for the last of them.
@@ -325,7 +337,7 @@ struct Shared {
     u64 chunk_full[SLOTS];
     u64 chunk_empty[SLOTS];
     u64 p_full[2];
-    u64 met[2];
+    u64 unit_known[2], met[2];
     u64 q_full, q_empty;
     u64 sums_full;
     u64 shares_full;
@@ -362,6 +374,7 @@ __device__ __forceinline__ void init_barriers(const Params& p, Shared& s, int wa
     if (warp >= CONSUMER_WARPS && warp < CONSUMER_WARPS + 2) {
         const int w = warp - CONSUMER_WARPS;
         mbarrier_init(shared_address(&s.p_full[w]), 4 + 3);
+        mbarrier_init(shared_address(&s.unit_known[w]), 1);
         mbarrier_init(shared_address(&s.met[w]), 1);
         mbarrier_init(shared_address(&s.part_done[w]), CONSUMERS);
     }
@@ -382,7 +395,7 @@ __device__ __forceinline__ Start find_start(const Params& p, int lane) {
     const int each = (p.batch + 31) / 32;
     const int begin = min(l * each, p.batch), end = min(begin + each, p.batch);
     int tiles = 0, units = 0, longest = 0;
-#pragma unroll 4
+#pragma unroll 1
     for (int r = begin; r < end; ++r) {
         const int passes = passes_of(p, r), unit_tiles = unit_tiles_of(seqlen_of(p, r));
         units += passes;
@@ -419,14 +432,19 @@ __device__ __forceinline__ Start find_start(const Params& p, int lane) {
     return start;
 }
 
-// Has the tensor maps and the table brought closer while the lengths are read. Most batches are even enough that the lane's
-// share of the requests is also where it starts.
-__device__ __forceinline__ void prefetch_inputs(const Params& p, int lane) {
-    constexpr int LINE = 32;  // entries of the table
+// Has brought to L2 what will be read one after the other: the lengths, the table, the tensor maps, and the words at which
+// this lane meets others. Most batches are even enough that the lane's share of the requests is also where it starts.
+__device__ __forceinline__ void prefetch_inputs(const Params& p, int lane, int row_group) {
+    constexpr int LINE = 32;  // words
     const int l = threadIdx.x % 32;
-    if (l == 0) tma_prefetch_map(&p.latent_map);
-    if (l == 0) tma_prefetch_map(&p.rope_map);
+    if (l * LINE < p.batch) prefetch_l2(p.cache_seqlens + l * LINE * p.seqlens_stride);
     if (l * LINE < p.max_pages) prefetch_l2(p.block_table + i64(p.by_lanes(lane * p.batch)) * p.table_stride + l * LINE);
+    if (l == 0) {
+        tma_prefetch_map(&p.latent_map);
+        tma_prefetch_map(&p.rope_map);
+        prefetch_l2(counter_of(p, lane, row_group));
+        prefetch_l2(p.partials + partial_slot(p, lane, false, row_group) * (MERGE_PIECES * 32));
+    }
 }
 
 // ---------------------------------------------------------------------------------------------- producer
@@ -882,11 +900,6 @@ __device__ __forceinline__ void store_lse(const Params& p, int request, const Ro
     }
 }
 
-// Partial results: a lane has one slot for the unit it starts in the middle of, one for the unit it starts.
-__device__ __forceinline__ int partial_slot(const Params& p, int lane, bool starts, int row_group) {
-    return (lane * 2 + int(starts)) * p.row_groups + row_group;
-}
-
 // Sums of P^T at the end of a segment, [column][warp]. Q lay there, which nobody needs any more: every score of the
 // segment was published before.
 using ColumnSums = float4[ROWS][CONSUMER_WARPS / 4];
@@ -924,14 +937,17 @@ __device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, co
     }
     ColumnSums& sums = reinterpret_cast<ColumnSums&>(s.q);
 #pragma unroll
-    for (int g = 0; g < COLUMN_GROUPS; ++g)
+    for (int d = 4; d < 32; d *= 2)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            float sum = c.sums[g][e];
+        for (int g = 0; g < COLUMN_GROUPS; ++g)
 #pragma unroll
-            for (int d = 4; d < 32; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
-            if (c.lane < 4) reinterpret_cast<float*>(sums[c.column(g, e)])[threadIdx.x / 32] = sum;
-        }
+            for (int e = 0; e < 2; ++e) c.sums[g][e] += __shfl_xor_sync(~0u, c.sums[g][e], d);
+    if (c.lane < 4) {
+#pragma unroll
+        for (int g = 0; g < COLUMN_GROUPS; ++g)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) reinterpret_cast<float*>(sums[c.column(g, e)])[threadIdx.x / 32] = c.sums[g][e];
+    }
     mbarrier_arrive(shared_address(&s.sums_full));
     if (whole) {
         mbarrier_wait(shared_address(&s.sums_full), phase);
@@ -950,10 +966,6 @@ __device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, co
 }
 
 // ---------------------------------------------------------------------------------------------- merge
-
-__device__ __forceinline__ u32* counter_of(const Params& p, int lane, int row_group) {
-    return p.counters + (lane * p.row_groups + row_group) * COUNTER_WORDS;
-}
 
 __device__ __forceinline__ u32* gave_up_word(const Params& p, const SharedUnit& unit, int member, int row_group) {
     return counter_of(p, unit.first_lane + member, row_group) + (member == 0 ? 3 : 2);
@@ -1025,20 +1037,22 @@ __device__ __forceinline__ void merge_members(const Params& p, const SharedUnit&
     const float4* values = p.partials + first * (MERGE_PIECES * 32) + piece * 32 + lane;
     const float4* statistics = reinterpret_cast<const float4*>(p.partial_stats + first * ROWS) + group * 4 + lane % 4;
 #pragma unroll 1
-    for (; from < to; from += 2 * BATCH) {
+    do {
         Partials<BATCH> a, b;
         a.load(values, statistics, own, step, from, to);
         const bool more = from + BATCH < to;
         if (more) b.load(values, statistics, own, step, from + BATCH, to);
         a.add_to(m);
         if (more) b.add_to(m);
-    }
+    } while ((from += 2 * BATCH) < to);
 }
 
 // The part of a shared unit that falls to member `member`: pieces member, member + members, ... of the unit's
-// (column group, block, warp) pieces. With few pieces several warps divide the members of one among them.
+// (column group, block, warp) pieces. With few pieces several warps divide the members of one among them. Calls `ready` once
+// before the first partial result is read, and goes on if it returns true.
+template <typename Ready>
 __device__ __forceinline__ void merge_part(const Params& p, Shared& s, const SharedUnit& unit, int index, int row_group,
-                                           int member, u32& shares_phase) {
+                                           int member, u32& shares_phase, const Ready& ready) {
     const int members = unit.members;
     const RowTile rows = row_tile_of(p, unit.request, unit.pass, row_group);
     const int pieces = (rows.count + 7) / 8 * GROUP_PIECES;  // of columns that exist
@@ -1046,15 +1060,23 @@ __device__ __forceinline__ void merge_part(const Params& p, Shared& s, const Sha
     const int helpers = 1 << share_log2;  // warps that divide a piece; if there are several, there is one round
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int helper = warp % helpers;
+    const int from = members * helper >> share_log2, to = members * (helper + 1) >> share_log2;
     // The ring is idle: its first slots carry the helpers' shares.
     Merged(*shares)[32] = reinterpret_cast<Merged(*)[32]>(s.ring[index]);
+    bool rehearsal = true;  // goes through the first piece without anything to add, to have the instructions fetched
 #pragma unroll 1
-    for (int first = member; first < pieces; first += (CONSUMER_WARPS >> share_log2) * members) {
+    for (int first = member; first < pieces;) {
         const int piece = first + (warp >> share_log2) * members;
         const int group = piece / GROUP_PIECES, block = piece / 4 % LATENT_CHUNKS, row_warp = piece % 4;
-        Merged m = {{0, 0, 0, 0}, {NEG_INF, NEG_INF}, {0, 0}};
-        if (piece < pieces)
-            merge_members(p, unit, row_group, piece, members * helper >> share_log2, members * (helper + 1) >> share_log2, m);
+        Merged m;
+#pragma unroll 1
+        while (true) {
+            m = {{0, 0, 0, 0}, {NEG_INF, NEG_INF}, {0, 0}};
+            if (piece < pieces) merge_members(p, unit, row_group, piece, from, rehearsal ? from : to, m);
+            if (!rehearsal) break;
+            rehearsal = false;
+            if (!ready()) return;
+        }
         if (helpers > 1) {
             shares[warp][lane] = m;
             mbarrier_arrive(shared_address(&s.shares_full));
@@ -1082,7 +1104,9 @@ __device__ __forceinline__ void merge_part(const Params& p, Shared& s, const Sha
                 for (int e = 0; e < 2; ++e)
                     store_lse(p, unit.request, rows, group * 8 + lane * 2 + e, m.reference[e], m.sum[e]);
         }
+        first += (CONSUMER_WARPS >> share_log2) * members;
     }
+    if (rehearsal) ready();  // nothing falls to this member
 }
 
 // Low half of the arrival word: members that have left their partial result. High half: members that gave up waiting.
@@ -1107,25 +1131,34 @@ __device__ __forceinline__ bool all_arrived(u32 arrivals, const SharedUnit& unit
 // waits too long (the others may not even be running, when something else occupies their SMs) leaves its part to those who
 // see the arrivals complete. The last to arrive always does, so whatever else the GPU does, somebody gets everything done.
 __device__ __forceinline__ void merge_unit(const Params& p, Shared& s, int index, int lane, int row_group, u32& shares_phase) {
-    mbarrier_wait(shared_address(&s.met[index]), 0);
+    mbarrier_wait(shared_address(&s.unit_known[index]), 0);
     const SharedUnit unit = s.shared_units[index];
-    const u32 arrivals = s.arrivals[index];
-    const int member = lane - unit.first_lane;
-    if (!all_arrived(arrivals, unit)) return;
-    const bool abandoned = arrivals >= GAVE_UP;
-    trace(p, TRACE_MERGE);
+    const int own = lane - unit.first_lane;
+    bool abandoned = false;
     u32 phase = 0;
+    // First the own part, then, should anybody have given up, the parts of those.
 #pragma unroll 1
-    for (int part = abandoned ? 0 : member; part < unit.members; ++part) {
-        const volatile u32* gave_up = gave_up_word(p, unit, part, row_group);
-        // One thread looks for all: a member that finds out too late that everybody has arrived may write at this moment.
-        if (part == member || named_barrier_any<CONSUMER_BARRIER, CONSUMERS>(threadIdx.x == 0 && *gave_up)) {
-            merge_part(p, s, unit, index, row_group, part, shares_phase);
-            if (!abandoned) return;
-            mbarrier_arrive(shared_address(&s.part_done[index]));
-            mbarrier_wait(shared_address(&s.part_done[index]), phase);
-            phase ^= 1;
+    for (int turn = 0; turn <= unit.members; ++turn) {
+        const int part = turn == 0 ? own : turn - 1;
+        if (turn > 0) {
+            if (part == own) continue;
+            const volatile u32* gave_up = gave_up_word(p, unit, part, row_group);
+            // One thread looks for all: a member that finds out too late that everybody has arrived may write at this moment.
+            if (!named_barrier_any<CONSUMER_BARRIER, CONSUMERS>(threadIdx.x == 0 && *gave_up)) continue;
         }
+        bool arrived = true;
+        merge_part(p, s, unit, index, row_group, part, shares_phase, [&] {
+            mbarrier_wait(shared_address(&s.met[index]), 0);
+            const u32 arrivals = s.arrivals[index];
+            arrived = all_arrived(arrivals, unit);
+            abandoned = arrivals >= GAVE_UP;
+            if (arrived && turn == 0) trace(p, TRACE_MERGE);
+            return arrived;
+        });
+        if (!arrived || !abandoned) return;
+        mbarrier_arrive(shared_address(&s.part_done[index]));
+        mbarrier_wait(shared_address(&s.part_done[index]), phase);
+        phase ^= 1;
     }
     if (threadIdx.x == 0) depart(p, unit, row_group);
 }
@@ -1145,7 +1178,13 @@ __device__ __forceinline__ void coordinate(const Params& p, Shared& s, Walk walk
     u32 phase = 0;
     for (; walk.active(); walk.next(p, s.start)) {
         SharedUnit unit;
-        if (!walk.whole()) unit = shared_unit(p, s.start, walk, lane);
+        if (!walk.whole()) {
+            unit = shared_unit(p, s.start, walk, lane);
+            if (l == 0) {
+                s.shared_units[units] = unit;
+                mbarrier_arrive(shared_address(&s.unit_known[units]));
+            }
+        }
         mbarrier_wait(shared_address(&s.sums_full), phase);
         phase ^= 1;
         if (!walk.whole()) {
@@ -1154,10 +1193,7 @@ __device__ __forceinline__ void coordinate(const Params& p, Shared& s, Walk walk
                 p.partial_stats[slot * ROWS + n] = make_float2(s.statistics.reference[n], column_sum(sums, n));
             __syncwarp();
             // The barrier and the warp ordered everyone's partial results before this arrival.
-            if (l == 0) {
-                add_release(counter_of(p, unit.first_lane, row_group), 1);
-                s.shared_units[units] = unit;
-            }
+            if (l == 0) add_release(counter_of(p, unit.first_lane, row_group), 1);
             ++units;
         }
         mbarrier_arrive(shared_address(&s.q_empty));
@@ -1202,6 +1238,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared& s, Walk walk, i
         shared_units += !walk.whole();
         phase ^= 1;
     }
+    if (shared_units > 0) mbarrier_wait(shared_address(&s.sums_full), phase ^ 1);  // nobody multiplies any more
     u32 shares_phase = 0;
 #pragma unroll 1
     for (int i = 0; i < shared_units; ++i) merge_unit(p, s, i, lane, row_group, shares_phase);
@@ -1216,9 +1253,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
 
     trace(p, TRACE_START);
     let_dependents_start();
+    if (warp == COORDINATOR_WARP) prefetch_inputs(p, lane, row_group);
     init_barriers(p, s, warp);
     wait_for_predecessor();
-    if (warp == COORDINATOR_WARP - 1) prefetch_inputs(p, lane);
     const Start start = find_start(p, lane);
     const Walk walk(p, start, lane);  // here, so that all roles fetch the same instructions
     if (threadIdx.x == COORDINATOR_WARP * 32) s.start = start;  // out of the way of the accumulators

@@ -23,6 +23,7 @@ GATHERED_PAGE = 4
 LOG2_E = math.log2(math.e)
 # Clock cycles (some 250 us) that a CTA waits for others before it leaves its part of a merge to them.
 PATIENCE = 500_000
+MOST_TOKENS = (1 << 31) - 1  # of a request: lengths are int32
 
 
 def mla_decode(
@@ -159,7 +160,8 @@ def run(call: Call, out: Any, lse: Any, softmax_scale: float, causal: bool) -> N
     out_address = interop.address(layout, out) if call.out is None else call.out.pointer
     lse_address = 0 if lse is None else interop.address(layout, lse) if call.lse is None else call.lse.pointer
     stream = interop.current_stream(layout)
-    _launch_for(problem).run(call, out_address, lse_address, softmax_scale, causal, stream)
+    sms = driver.stream_sm_count(problem.device, stream)
+    _launch_for(problem, sms).run(call, out_address, lse_address, softmax_scale, causal, stream)
 
 
 class Params(ctypes.Structure):
@@ -199,6 +201,7 @@ class Params(ctypes.Structure):
         ("total_q", ctypes.c_int32),
         ("heads", ctypes.c_int32),
         ("max_pages", ctypes.c_int32),
+        ("table_capacity", ctypes.c_int32),
         ("page_size", ctypes.c_int32),
         ("page_tiles", ctypes.c_int32),
         ("tile_pages", ctypes.c_int32),
@@ -236,6 +239,7 @@ def make_params(problem: Problem, grid: Grid) -> Params:
     params.batch, params.s_q, params.heads = problem.batch, problem.s_q, problem.heads
     params.total_q = problem.total_q
     params.max_pages = problem.max_pages
+    params.table_capacity = min(problem.max_pages * problem.page_size, MOST_TOKENS)
     params.page_size = problem.page_size
     params.page_tiles = max(1, problem.page_size // TILE_KEYS)
     params.tile_pages = max(1, TILE_KEYS // problem.page_size)
@@ -255,11 +259,11 @@ def divider(divisor: int) -> int:
 
 
 class Launch:
-    """What a problem needs every time, prepared once: the kernel, the grid, the parameter and the tensor maps."""
+    """What a problem needs every time on `sms` SMs, prepared once: kernel, grid, parameter and tensor maps."""
 
-    def __init__(self, problem: Problem, trace: bool = False) -> None:
+    def __init__(self, problem: Problem, sms: int, trace: bool = False) -> None:
         self.problem = problem
-        self.grid = plan_grid(problem.typical_rows, driver.sm_count(problem.device))
+        self.grid = plan_grid(problem.typical_rows, sms)
         spec = decode_spec(
             problem.element,
             problem.latent_dim,
@@ -340,13 +344,13 @@ class Launch:
         return maps
 
 
-_launches: dict[tuple[Problem, object], Launch] = {}
+_launches: dict[tuple[Problem, int, object], Launch] = {}
 
 
-def _launch_for(problem: Problem) -> Launch:
-    key = (problem, compiler.source_key())
+def _launch_for(problem: Problem, sms: int) -> Launch:
+    key = (problem, sms, compiler.source_key())
     launch = _launches.get(key)
     if launch is None:
-        launch = Launch(problem)
+        launch = Launch(problem, sms)
         interop.remember(_launches, key, launch)
     return launch

@@ -40,6 +40,7 @@ _CUDA_ERRORS_OF_OLD_DRIVERS = (
 )
 _FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 _DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16
+_DEVICE_RESOURCE_TYPE_SM = 1
 _DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75
 _DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76
 _STREAM_CAPTURE_MODE_RELAXED = 2
@@ -78,6 +79,9 @@ _FUNCTIONS = (
     "cuStreamDestroy_v2",
 )
 
+# Of drivers for CUDA 12.4 and newer. Without them there are no green contexts either.
+_FUNCTIONS_FOR_GREEN_CONTEXTS = ("cuStreamGetGreenCtx", "cuGreenCtxGetDevResource")
+
 # In a forked process: whether the driver had been started when it was forked, after which it works no more.
 _forked = False
 _started_before_fork = False
@@ -89,6 +93,12 @@ class _LaunchAttribute(ctypes.Structure):
     """CUlaunchAttribute of cuda.h; its value is a union of 64 bytes."""
 
     _fields_ = [("id", c_uint), ("padding", c_uint), ("value", c_uint * 16)]
+
+
+class _SmResource(ctypes.Structure):
+    """CUdevResource of cuda.h as it is for multiprocessors."""
+
+    _fields_ = [("kind", c_uint), ("internal", c_uint * 23), ("sm_count", c_uint), ("rest", c_uint * 11)]
 
 
 class _LaunchConfig(ctypes.Structure):
@@ -293,6 +303,33 @@ def device_name(device: int) -> str:
 def sm_count(device: int) -> int:
     """Multiprocessors of the GPU."""
     return _device_attribute(device, _DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+
+
+def stream_sm_count(device: int, stream: int) -> int:
+    """Multiprocessors that work on `stream` may use: those of its green context, without one all of the GPU's.
+
+    Asked anew each time: a handle may come back with another stream, and that of the default stream, 0, stands for the
+    context that is current.
+    """
+    lib = _libcuda()
+    if not _has_green_contexts():
+        return sm_count(device)
+    context = c_void_p()
+    status = lib.cuStreamGetGreenCtx(c_void_p(stream), byref(context))
+    if status in _CUDA_ERRORS_OF_OTHER_CONTEXTS:
+        with _primary_context(device):
+            status = lib.cuStreamGetGreenCtx(c_void_p(stream), byref(context))
+    _check(status, "cuStreamGetGreenCtx", f"stream {stream:#x}")
+    if not context:
+        return sm_count(device)
+    resource = _SmResource()
+    _check(lib.cuGreenCtxGetDevResource(context, byref(resource), _DEVICE_RESOURCE_TYPE_SM), "cuGreenCtxGetDevResource")
+    return int(resource.sm_count)
+
+
+@functools.cache
+def _has_green_contexts() -> bool:
+    return all(hasattr(_libcuda(), name) for name in _FUNCTIONS_FOR_GREEN_CONTEXTS)
 
 
 @functools.cache

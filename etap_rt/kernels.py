@@ -33,9 +33,9 @@ def decode_spec(
 ) -> KernelSpec:
     """The decode kernel for one element type, (latent, rope) dims and `rows` query rows a tile.
 
-    Unless it is `general` it knows nothing of ragged queries, page lists and pages smaller than a tile: a launch fetches
-    all its instructions anew, and to step over those took longer than anything else before the first load. With
-    `trace` the kernel writes down when its CTAs did what.
+    Unless it is `general` it knows nothing of ragged queries, page lists and pages smaller than a tile: a launch
+    fetches all its instructions anew, and to step over those took longer than anything else before the first load.
+    With `trace` the kernel writes down when its CTAs did what.
     """
     if dtype not in ELEMENT_TYPES or (latent_dim, rope_dim) not in DIMS or rows not in ROW_TILES:
         raise ValueError(f"no decode kernel for {dtype}, dims {latent_dim} + {rope_dim}, {rows} rows a tile")

@@ -44,12 +44,12 @@ def trace_decode(
     problem, like = call.problem, call.q[0]
     if problem.device_type != "cuda":
         raise UnsupportedError("tracing on the CPU", "arrays on a GPU")
-    launch = decode.Launch(problem, trace=True)
+    stream = interop.current_stream(like.layout)
+    launch = decode.Launch(problem, driver.stream_sm_count(problem.device, stream), trace=True)
     words = interop.empty(like.layout, like.owner, (launch.grid.ctas, len(_WORDS)), "int64")
     described = interop.describe(words, "trace")
     launch.params.trace = described.pointer
     out, _ = decode.make_outputs(call, None, None, False)
-    stream = interop.current_stream(like.layout)
     for _ in range(max(1, runs)):
         launch.run(call, interop.address(like.layout, out), 0, softmax_scale, causal, stream)
     record = interop.to_host(described)

@@ -300,3 +300,35 @@ def assert_decodes(
         batch = cache.batch(sequences)
         out = mla_decode(queries, cache.pages(layer), *batch, softmax_scale=DEEPSEEK_SCALE)
         assert np.array_equal(bits(out), bits(expected))
+
+
+# ---- What a cache of any library has to do ----
+
+
+def assert_tokens_come_back(library: Library, page_size: int, dtype: str, wide: bool = False, **sizes: Any) -> None:
+    """Two prompts and then step after step, each written in one call for both sequences."""
+    cache = library.cache(700 // page_size + 4, page_size, dtype, **sizes)
+    a, b = cache.new_sequence(), cache.new_sequence()
+    expected = {a: list(range(130)), b: list(range(200, 463))}
+    write_tokens(library, cache, cache.reserve([a, b], [130, 263]), expected[a] + expected[b], wide)
+    for step in range(70):
+        write_tokens(library, cache, cache.reserve([b, a], [1, 2]), [1000 + step, 2000 + step, 3000 + step], wide)
+        expected[b].append(1000 + step)
+        expected[a] += [2000 + step, 3000 + step]
+    assert_holds(cache, expected)
+
+
+def assert_forks_decode(library: Library) -> None:
+    """A sequence, its fork, which both go on by themselves, and a third decode through the cache."""
+    cache = library.cache(12, 64, latent_dim=256)
+    a, b = cache.new_sequence(), cache.new_sequence()
+    tokens = {a: list(range(200)), b: list(range(500, 565))}
+    for name in (a, b):
+        add(library, cache, name, tokens[name])
+    c = cache.fork(a)
+    tokens[c] = [*tokens[a], 900]
+    add(library, cache, c, [900])
+    add(library, cache, a, [901])
+    tokens[a] = [*tokens[a], 901]
+    q = np.random.default_rng(0).standard_normal((3, 1, 4, 320), np.float32)
+    assert_decodes(library, cache, [c, b, a], [tokens[c], tokens[b], tokens[a]], q)

@@ -3,13 +3,14 @@
     python tools/accuracy.py [--device gpu | cpu] [--tokens N ...] [--batch N ...] [--dtype NAME ...] [--peers]
                              [--flashmla-so FILE] [--fa3-so FILE] [--json FILE] [--picture FILE]
     python tools/accuracy.py --from FILE [--picture FILE]
+    python tools/accuracy.py --markdown FILE
 
 Exact is the softmax in float64 over the same bfloat16 or float16 numbers, computed where they are. Three figures for
 each call: rmse, the largest error, and the relative one, the norm of the error over the norm of the exact result.
 `rounding` is the rmse of the exact result rounded to the output's type: nobody who returns that type gets below it.
 
 Inputs are normal numbers, or normal with outliers: 1 in 1000 is ten times as large. Over how many lanes a request is
-divided follows from batch and length; with more lanes there is more merging.
+divided follows from batch and length; with more lanes there is more merging. `--markdown` prints the README's table.
 """
 
 from __future__ import annotations
@@ -26,8 +27,20 @@ from typing import Any, Literal
 
 import numpy as np
 import pictures
-from bench import CACHE_DIM, LATENT_DIM, PAGE_SIZE, SOFTMAX_SCALE, K, format_tokens, pages_of, positive, print_table
-from peer_bench import add_library_options, find_peers, use_libraries
+from bench import (
+    CACHE_DIM,
+    LATENT_DIM,
+    PAGE_SIZE,
+    SOFTMAX_SCALE,
+    K,
+    describe_run,
+    format_tokens,
+    markdown_table,
+    pages_of,
+    positive,
+    print_table,
+)
+from peer_bench import README_WITHOUT, add_library_options, find_peers, short, use_libraries
 from peers import Inputs, Peer, Unsuitable
 from pictures import OURS
 
@@ -37,7 +50,8 @@ from etap_rt.schedule import divide, plan_grid
 
 HEADS = 16
 DTYPES = ("float16", "bfloat16")
-KINDS = ("normal", "outliers")
+KIND_NAMES = {"normal": "normal inputs", "outliers": "inputs with outliers"}
+KINDS = tuple(KIND_NAMES)
 OUTLIER_SHARE, OUTLIER_FACTOR = 1e-3, 10
 TOKENS_ON_GPU = tuple(512 << i for i in range(9))
 TOKENS_ON_CPU = (512, 1 * K, 2 * K, 4 * K)
@@ -45,7 +59,9 @@ BATCHES_ON_GPU, BATCHES_ON_CPU = (1, 16, 132), (1, 16)
 COMPARED_REQUESTS = 16  # of larger batches: the first, the last and some between
 CHUNK_TOKENS = 16 * K  # whose float64 keys are in memory at the same time
 # What is asked of float16 with normal inputs, at those lengths: rmse over that of rounding.
+README_TOKENS = (512, 4 * K, 64 * K)
 GOALS = {4 * K: 1.10, 64 * K: 1.02}
+SCALE = (0.98, 1.5)  # of the picture, which is about those who come near
 
 Device = Literal["gpu", "cpu"]
 
@@ -327,6 +343,19 @@ def print_results(results: Mapping[str, Any]) -> None:
         print(f"{name} was skipped: {reason}")
 
 
+def markdown(results: Mapping[str, Any]) -> str:
+    """The README's table: some lengths with normal inputs, errors over that of rounding."""
+    names = [OURS, *(name for name in results["peers"] if name not in README_WITHOUT)]
+    rows = []
+    for entry in results["cases"].values():
+        if entry["inputs"] == "normal" and entry["tokens"] in README_TOKENS:
+            call = f"{entry['dtype']}, b={entry['batch']}, {format_tokens(entry['tokens'])}"
+            errors = [entry["errors"].get(name) for name in names]
+            over = [f"{error['rmse_over_rounding']:.3f}" if error else "" for error in errors]
+            rows.append([call, str(entry["splits"]), *over])
+    return "\n".join([f"{describe(results)}.", "", *markdown_table(["", "parts", *map(short, names)], rows)])
+
+
 def worse_than_a_peer(results: Mapping[str, Any]) -> list[str]:
     """The cases in which another library's rmse is below ours."""
     worse = []
@@ -339,28 +368,44 @@ def worse_than_a_peer(results: Mapping[str, Any]) -> list[str]:
 
 
 def describe(results: Mapping[str, Any]) -> str:
+    if "gpu" in results:
+        return describe_run(results)
     return f"{results['device']}, {results['date'][:10]}, sources {results['sources_sha256'][:12]}"
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """rmse over that of rounding by length: a panel for each type and kind of inputs, a line for each batch."""
-    panels: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
-    largest = max(entry["batch"] for entry in results["cases"].values())
+    """rmse over that of rounding by length: a panel for each type, kind of inputs and batch, a line a library.
+
+    Lines that leave the scale are cut off there, and a note says how far they go.
+    """
+    panels: dict[tuple[str, str], dict[int, dict[str, dict[int, float]]]] = {}
     for entry in results["cases"].values():
-        lines = panels.setdefault((entry["dtype"], entry["inputs"]), {})
-        lines.setdefault(f"{OURS}, b={entry['batch']}", {})[entry["tokens"]] = entry["errors"][OURS][
-            "rmse_over_rounding"
-        ]
+        lines = panels.setdefault((entry["dtype"], entry["inputs"]), {}).setdefault(entry["batch"], {})
         for name, errors in entry["errors"].items():
-            if name != OURS and entry["batch"] == largest:
-                lines.setdefault(f"{name}, b={largest}", {})[entry["tokens"]] = errors["rmse_over_rounding"]
-    title = f"error over that of rounding the exact result: {describe(results)}"
-    with pictures.figure(path, title, len(panels), width=4.6) as axes_of_panels:
-        for axes, ((dtype, kind), lines) in zip(axes_of_panels, panels.items()):
-            pictures.draw_by_length(axes, lines, "rmse over that of rounding")
-            axes.axhline(1, linestyle="--", color=pictures.FLOOR_COLOR)
-            axes.set_title(f"{dtype}, {kind}")
-            axes.legend()
+            lines.setdefault(name, {})[entry["tokens"]] = errors["rmse_over_rounding"]
+    columns = max(map(len, panels.values()))
+    title = "Error of the output: rmse over that of merely rounding the exact result (1 is the best possible)"
+    with pictures.figure(
+        path, title, describe(results), len(panels), columns, height=2.3, width=4.2, sharey=True
+    ) as axes_of_panels:
+        rows = [axes_of_panels[start : start + columns] for start in range(0, len(axes_of_panels), columns)]
+        for row, ((dtype, kind), by_batch) in zip(rows, panels.items()):
+            for axes, (batch, lines) in zip(row, by_batch.items()):
+                pictures.draw_by_length(axes, lines, "" if axes is not row[0] else "rmse over rounding's")
+                axes.set_title(f"{dtype}, {KIND_NAMES[kind]}, batch {batch}")
+                axes.axhline(1, color="black", linewidth=0.8)
+                axes.set_ylim(SCALE)
+                if row is not rows[-1]:
+                    axes.set_xlabel("")
+                note = note_off_scale(lines)
+                axes.text(0.5, 0.97, note, transform=axes.transAxes, ha="center", va="top", fontsize=8)
+
+
+def note_off_scale(lines: Mapping[str, Mapping[int, float]]) -> str:
+    """Which lines leave the scale, and what their largest value is."""
+    largest = {name: max(line.values()) for name, line in lines.items() if line}
+    far = [f"{name} up to {value:.1f}" for name, value in largest.items() if value > SCALE[1]]
+    return f"off the scale: {', '.join(far)}" if far else ""
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -384,7 +429,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw them there")
     parser.add_argument("--from", dest="earlier", type=Path, metavar="FILE", help="show these results, compute nothing")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="print the README's table of these results")
     options = parser.parse_args(arguments)
+    if options.markdown:
+        print(markdown(json.loads(options.markdown.read_text())))
+        return 0
     if options.peers and options.device == "cpu":
         parser.error("other libraries need the GPU")
     use_libraries(options)

@@ -1,15 +1,19 @@
 """Time mla_decode on this machine's GPU, beside the stream floor of the same run.
 
-    python tools/bench.py [--only GROUP] [--samples N] [--json FILE]
+    python tools/bench.py [--only GROUP] [--sms N] [--samples N] [--json FILE]
+    python tools/bench.py --peers [--help]
     python tools/bench.py --compare OLD NEW
     python tools/bench.py --markdown FILE
 
-The stream floor (stream_floor.cu) brings the same pages on chip and computes nothing; calls with other page sizes are
-held against the same call with pages of 64 tokens instead, ragged queries against a batch with as many for each
-request, writes into a cache against a copy of as many bytes. All are timed in turns: CUDA events around one call, the
-L2 cache cleaned before each by reading 1 GiB, N samples; and once all cells are done, all of them again with other
-pages. A figure is the median, its noise what the medians of the two rounds differ by. Needs a Hopper GPU and torch;
-works from source.
+The stream floor (stream_floor.cu) brings the same pages on chip and computes nothing. It is the baseline of most calls;
+others name theirs: page sizes the same call with pages of 64 tokens, ragged queries the same requests with the same
+number of queries in equal parts, writes into a cache a copy of as many bytes. All are timed in turns: CUDA events
+around one call, the L2 cache cleaned before each by reading 1 GiB, N samples; and once all cells are done, all of them
+again with other pages. A figure is the median, its noise what the medians of the two rounds differ by. Needs a Hopper
+GPU and torch; works from source.
+
+`--sms` runs everything, the floor too, on N SMs of the GPU (a green context), a stand-in for GPUs with less tensor
+throughput by their memory rate. Without it one cell does so.
 
 `--compare` says which cells of two result files moved by more than their noise; the exit status is 1 if any got
 slower. `--markdown` prints the tables of a result file for the README. Neither needs a GPU.
@@ -28,7 +32,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from itertools import accumulate
@@ -37,6 +42,8 @@ from typing import Any, Literal, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import green_context  # noqa: E402
 
 from etap_rt import EtapError, PagedKVCache, UnsupportedError, compiler, driver, mla_decode, plan_decode  # noqa: E402
 
@@ -80,6 +87,7 @@ TARGET_RATIOS = {  # time over the stream floor, at TOKENS, by batch
     16: (1.6, 1.5, 1.35, 1.2, 1.12, 1.08, 1.05, 1.04),
     32: (1.5, 1.35, 1.2, 1.12, 1.08, 1.05, 1.04, 1.03),
 }
+SCARCE_SMS = 32  # on which an H200 has about an H20's tensor throughput for each byte that it reads
 PAGE_SIZE_TARGETS = {1: 1.35, 16: 1.05, 32: 1.05}  # time over that of the same call with pages of PAGE_SIZE tokens
 MIXED_TOKENS = (128, 32 * K)
 TABLE_GROUPS = ("lengths", "fp16")  # cells that differ by tokens: a row for each batch
@@ -88,7 +96,7 @@ HOST_GROUPS = ("host", "compile")  # measured with the host's clock
 
 @dataclass(frozen=True)
 class Target:
-    """What is asked of a cell: at most `limit` us, or at most `limit` times what it is held against."""
+    """What is asked of a cell: at most `limit` us, or at most `limit` times its baseline."""
 
     unit: Literal["us", "ratio"]
     limit: float
@@ -108,16 +116,28 @@ class Cell:
     lengths: tuple[int, ...] = ()  # tokens of each request
     heads: int = 16
     s_q: int = 1
-    queries: tuple[int, ...] = ()  # of each request, ragged: held against a batch with s_q of them each
+    queries: tuple[int, ...] = ()  # of each request, ragged; the baseline is the same batch with s_q of them each
     dtype: Literal["bfloat16", "float16"] = "bfloat16"
     calls_in_graph: int = 0  # captured in a CUDA graph, of which the time is divided by that; 0 is an eager call
-    page_size: int = PAGE_SIZE  # with another than PAGE_SIZE the call is held against the same call with PAGE_SIZE
+    page_size: int = PAGE_SIZE  # with another than PAGE_SIZE the baseline is the same call with PAGE_SIZE
     planned: bool = False  # arguments checked beforehand
     written: tuple[int, ...] = ()  # not a decode but a write into a cache: new tokens of each sequence
+    sms: int = 0  # that it may run on; 0 for all
 
     @property
     def name(self) -> str:
         return f"{self.row}, {self.column}"
+
+    @property
+    def baseline(self) -> str:
+        """What runs beside it; empty for nothing."""
+        if self.group in HOST_GROUPS:
+            return ""
+        if self.written:
+            return "copy of as many bytes"
+        if self.queries:
+            return f"{self.s_q} queries each"
+        return "stream floor" if self.page_size == PAGE_SIZE else f"page {PAGE_SIZE}"
 
     @property
     def pages(self) -> int:
@@ -147,12 +167,14 @@ def all_cells() -> list[Cell]:
         cells.append(Cell("heads", "b=128 4K", f"{heads} heads", row_target, (4 * K,) * 128, heads))
     for s_q in (1, 2, 4):
         cells.append(Cell("queries", "b=32 8K", f"s_q={s_q}", row_target, (8 * K,) * 32, s_q=s_q))
-    mix, target = (1, 2, 4) * 11, Target("ratio", 1.1)  # as many as 7 / 3 each
-    cells.append(Cell("ragged", "b=33 8K", "1, 2, 4 queries", target, (8 * K,) * 33, s_q=2, queries=mix))
+    mix, target = (1, 1, 2, 4) * 8, Target("ratio", 1.1)  # 64, as many as 2 each
+    cells.append(Cell("ragged", "b=32 8K", "1, 1, 2, 4 queries", target, (8 * K,) * 32, s_q=2, queries=mix))
     cells.append(Cell("compute", "b=128 8K", "128 heads", Target("us", 480), (8 * K,) * 128, 128))
     for seed in (1, 2, 3):
         lengths = mixed_lengths(32, seed)
         cells.append(Cell("mixed", "b=32 mixed lengths", f"seed {seed}", Target("ratio", 1.15), lengths))
+    column, target = f"{SCARCE_SMS} SMs", Target("ratio", 1.3)
+    cells.append(Cell("sms", "b=16 16K", column, target, (16 * K,) * 16, sms=SCARCE_SMS))
     for calls, target in ((1, None), (20, Target("us", 5))):
         column = f"CUDA graph of {calls}"
         cells.append(Cell("graph", "b=16 64 tokens", column, target, (64,) * 16, calls_in_graph=calls))
@@ -167,6 +189,11 @@ def all_cells() -> list[Cell]:
     cells.append(Cell("host", "b=16 64 tokens", "host time, planned", Target("us", 6), (64,) * 16, planned=True))
     cells.append(Cell("compile", "one kernel", "cold compile", Target("us", 3e6)))
     return cells
+
+
+def cells_on(sms: int, cells: Iterable[Cell]) -> list[Cell]:
+    """The cells that the GPU's SMs matter to, on `sms` of them. What is asked of all SMs is not asked of a part."""
+    return [replace(cell, sms=sms, target=None) for cell in cells if not cell.sms and cell.group not in HOST_GROUPS]
 
 
 def length_cells(
@@ -192,10 +219,10 @@ def pages_of(length: int, page_size: int = PAGE_SIZE) -> int:
 
 
 class Samples(NamedTuple):
-    """Of one round: times of a call, in us, and of the stream floor where there is one."""
+    """Of one round: times of a call, in us, and of its baseline where there is one."""
 
     ours: list[float]
-    floor: list[float]
+    baseline: list[float]
 
 
 class FloorParams(ctypes.Structure):
@@ -285,6 +312,8 @@ class Bench:
         self.torch = torch
         self.samples = samples
         self.device = torch.cuda.current_device()
+        self.sms = driver.sm_count(self.device)  # that calls run on
+        self.part_streams: dict[int, int] = {}  # by SMs, streams that run on a part of the GPU
         self.floor_kernel = driver.load_kernel(compile_floor(), "stream_floor", self.device)
         self.l2_cleaner = torch.zeros(L2_CLEANER_BYTES // 4, dtype=torch.int32, device="cuda")
         for _ in range(WARM_UP_CLEANINGS):
@@ -297,14 +326,54 @@ class Bench:
         if cell.group == "host":
             problem = Problem(cell, seed)
             return Samples(self.time_host(problem.plan() if cell.planned else problem.decode_into_new), [])
-        calls = self.calls_of(cell, seed)
-        if cell.calls_in_graph:
-            calls = [self.capture(call, cell.calls_in_graph) for call in calls]
-        times = self.time_gpu(calls)
+        with self.on_sms(cell.sms):
+            calls = self.calls_of(cell, seed)
+            if cell.calls_in_graph:
+                calls = [self.capture(call, cell.calls_in_graph) for call in calls]
+            times = self.time_gpu(calls)
         return Samples(*([us / max(1, cell.calls_in_graph) for us in series] for series in times))
 
+    def possible(self, cells: Iterable[Cell]) -> list[Cell]:
+        """The cells that can be measured here; says of the others why they cannot."""
+        reasons = {cell: self.why_not(cell) for cell in cells}
+        for cell, reason in reasons.items():
+            if reason:
+                print(f"{cell.name} is skipped: {reason}", file=sys.stderr)
+        return [cell for cell, reason in reasons.items() if not reason]
+
+    def why_not(self, cell: Cell) -> str:
+        """Why a cell cannot be measured: the GPU cannot be divided like that; empty if it can."""
+        try:
+            if cell.sms:
+                self.part_stream(cell.sms)
+        except EtapError as error:
+            return str(error)
+        return ""
+
+    def part_stream(self, sms: int) -> int:
+        """The stream that runs on so many SMs."""
+        if sms not in self.part_streams:
+            self.part_streams[sms] = green_context.stream_on(sms, self.device)
+        return self.part_streams[sms]
+
+    @contextmanager
+    def on_sms(self, count: int) -> Iterator[None]:
+        """Within, torch's current stream runs on `count` SMs; 0 leaves everything as it is."""
+        if not count:
+            yield
+            return
+        all_sms = self.sms
+        self.torch.cuda.synchronize()
+        try:
+            with self.torch.cuda.stream(self.torch.cuda.ExternalStream(self.part_stream(count))):
+                self.sms = count
+                yield
+        finally:
+            self.sms = all_sms
+            self.torch.cuda.synchronize()
+
     def calls_of(self, cell: Cell, seed: int) -> list[Callable[[], None]]:
-        """What a cell is about, and what it is held against."""
+        """What a cell is about, and its baseline."""
         if cell.written:
             write = Write(cell.written)
             return [write.write, write.copy]
@@ -327,7 +396,7 @@ class Bench:
                 (64, PAGE_SIZE, 1),
             )
         ).cast("Q")
-        ctas = driver.sm_count(self.device)
+        ctas = self.sms
 
         def call() -> None:
             stream = self.torch.cuda.current_stream().cuda_stream
@@ -338,7 +407,9 @@ class Bench:
     def capture(self, call: Callable[[], None], times: int) -> Callable[[], None]:
         """Replay a CUDA graph of so many calls, each after the one before."""
         graph = self.torch.cuda.CUDAGraph()
-        with self.torch.cuda.graph(graph):
+        # A graph runs on the SMs of the stream that it was captured on.
+        stream = None if self.sms == driver.sm_count(self.device) else self.torch.cuda.current_stream()
+        with self.torch.cuda.graph(graph, stream=stream):
             for _ in range(times):
                 call()
         replay: Callable[[], None] = graph.replay
@@ -410,8 +481,9 @@ def entry_of(cell: Cell, rounds: Sequence[Samples]) -> dict[str, Any]:
     """What the result file says about a cell; rates count each page once."""
     entry: dict[str, Any] = {"group": cell.group, "row": cell.row, "column": cell.column}
     entry["us"], entry["noise_us"] = summarize([samples.ours for samples in rounds])
-    if rounds[0].floor:
-        entry["floor_us"], entry["floor_noise_us"] = summarize([samples.floor for samples in rounds])
+    if rounds[0].baseline:
+        entry["baseline"] = cell.baseline
+        entry["floor_us"], entry["floor_noise_us"] = summarize([samples.baseline for samples in rounds])
         entry["ratio"] = round(entry["us"] / entry["floor_us"], 4)
         entry["tb_per_s"] = round(cell.bytes / entry["us"] / 1e6, 3)
         entry["tflop_per_s"] = round(cell.flop / entry["us"] / 1e6, 2)
@@ -428,7 +500,7 @@ def summarize(rounds: Sequence[Sequence[float]]) -> tuple[float, float]:
     return round(median, 3), round(max(medians) - min(medians), 3)
 
 
-def run(groups: Sequence[str], samples: int, output: Path | None) -> int:
+def run(groups: Sequence[str], samples: int, sms: int, output: Path | None) -> int:
     from gpu_check import describe_machine, hash_sources
 
     start = time.monotonic()
@@ -439,10 +511,15 @@ def run(groups: Sequence[str], samples: int, output: Path | None) -> int:
         print(f"cannot measure here: {error}", file=sys.stderr)
         return 2
     cells = [cell for cell in all_cells() if cell.group in groups]
+    cells = bench.possible(cells_on(sms, cells) if sms else cells)
+    if not cells:
+        print("nothing to measure", file=sys.stderr)
+        return 2
     results: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "sources_sha256": hash_sources(),
         **machine,
+        "sms_used": sms or machine["sms"],
         "samples": samples,
         "rounds": ROUNDS,
     }
@@ -472,7 +549,7 @@ def with_progress(cells: Sequence[Cell], seed: int) -> Iterator[Cell]:
 
 
 def print_results(results: dict[str, Any]) -> None:
-    headings = ("call", "us", "+-", "floor us", "ratio", "target", "met", "TB/s", "TFLOP/s")
+    headings = ("call", "us", "+-", "baseline us", "ratio", "target", "met", "TB/s", "TFLOP/s", "baseline")
     entries = results["cells"]
     print_table(headings, [[name, *format_entry(entry)] for name, entry in entries.items()])
     asked = [entry["met"] for entry in entries.values() if "met" in entry]
@@ -490,14 +567,15 @@ def format_entry(entry: dict[str, Any]) -> list[str]:
         {True: "yes", False: "NO", None: ""}[entry.get("met")],
         format_number(entry.get("tb_per_s"), 2),
         format_number(entry.get("tflop_per_s"), 1),
+        entry.get("baseline", ""),
     ]
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> int:
     """Print the cells that moved by more than the noise of both files; 1 if any got slower, else 0."""
     print(f"old: {describe_run(old)}\nnew: {describe_run(new)}")
-    if (old["gpu"], old["sms"], old["driver"]) != (new["gpu"], new["sms"], new["driver"]):
-        print("different machines: look at the floor too")
+    if machine_of(old) != machine_of(new):
+        print("different machines: look at the baseline too")
     common = [name for name in old["cells"] if name in new["cells"]]
     moved, slower = [], 0
     for name in common:
@@ -509,13 +587,22 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> int:
             times = [format_us(value) for value in (before["us"], after["us"], noise)]
             moved.append([name, *times, percent(before, after, "us"), percent(before, after, "floor_us"), word])
     if moved:
-        print_table(("call", "old us", "new us", "noise us", "change", "floor", ""), moved)
+        print_table(("call", "old us", "new us", "noise us", "change", "baseline", ""), moved)
     print(f"{slower} slower, {len(moved) - slower} faster, {len(common) - len(moved)} within the noise")
     for label, these, others in (("old", old, new), ("new", new, old)):
         alone = [name for name in these["cells"] if name not in others["cells"]]
         if alone:
             print(f"only in {label}: {'; '.join(alone)}")
     return 1 if slower else 0
+
+
+def machine_of(results: Mapping[str, Any]) -> tuple[Any, ...]:
+    return results["gpu"], results["sms"], sms_used(results), results["driver"]
+
+
+def sms_used(results: Mapping[str, Any]) -> int:
+    """SMs that the calls could use; files from before `--sms` do not say."""
+    return int(results.get("sms_used", results["sms"]))
 
 
 def noise_between(before: dict[str, Any], after: dict[str, Any]) -> float:
@@ -548,12 +635,12 @@ def markdown(results: dict[str, Any]) -> str:
         )
         lines.append("")
     others = [
-        [f"{entry['row']}, {entry['column']}", *(format_entry(entry)[i] for i in (0, 2, 3, 6, 7))]
+        [f"{entry['row']}, {entry['column']}", *(format_entry(entry)[i] for i in (0, 2, 3, 6, 7, 8))]
         for entry in entries
         if entry["group"] not in TABLE_GROUPS
     ]
     if others:
-        lines += markdown_table(["", "us", "floor us", "ratio", "TB/s", "TFLOP/s"], others)
+        lines += markdown_table(["", "us", "baseline us", "ratio", "TB/s", "TFLOP/s", "baseline"], others)
     return "\n".join(lines).rstrip()
 
 
@@ -589,8 +676,10 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join([first.strip().ljust(widths[0]), *others]).rstrip())
 
 
-def describe_run(results: dict[str, Any]) -> str:
-    machine = f"{results['gpu']} ({results['sms']} SMs), driver {results['driver']}"
+def describe_run(results: Mapping[str, Any]) -> str:
+    used = sms_used(results)
+    sms = f"{used} of {results['sms']}" if used < results["sms"] else results["sms"]
+    machine = f"{results['gpu']} ({sms} SMs), driver {results['driver']}"
     compiled = f"NVRTC {results['versions']['nvrtc']}"
     return f"{machine}, {compiled}, {results['date'][:10]}, sources {results['sources_sha256'][:12]}"
 
@@ -623,6 +712,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     groups = list(dict.fromkeys(cell.group for cell in all_cells()))
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", action="append", choices=groups, help="measure this group; may be given again")
+    parser.add_argument("--sms", type=positive, default=0, metavar="N", help="on N SMs of the GPU (default: all)")
     parser.add_argument("--samples", type=positive, default=SAMPLES, help="of each round (default: %(default)s)")
     parser.add_argument("--peers", action="store_true", help="beside other libraries; see --peers --help")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
@@ -635,7 +725,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.markdown:
         print(markdown(options.markdown))
         return 0
-    return run(options.only or groups, options.samples, options.json)
+    return run(options.only or groups, options.samples, options.sms, options.json)
 
 
 def positive(text: str) -> int:

@@ -1,13 +1,16 @@
-"""Run the GPU tests of this checkout and write what came out to tests/gpu_report.json.
+"""Run the whole battery on a machine with a GPU and write what came out to tests/gpu_report.json.
 
     python tools/gpu_check.py [--output FILE] [pytest's arguments]
     python tools/gpu_check.py --verify
 
+The battery is the tests in tests/gpu, a minute of fuzzing and the sanitizers among them, and the disk cache under fire.
 CI has no GPU, so the report is committed; it says which sources it is about. `--verify` tells whether the committed
-report is green, of all tests, and about the sources as they are now. Works from source, nothing has to be installed
-but what the tests import. The exit status is pytest's, 1 if the report does not verify, 2 without a usable GPU.
+report is green, of the whole battery, and about the sources as they are now. Works from source, nothing has to be
+installed but what the tests import. The exit status is pytest's, 1 if the report does not verify, 2 without a usable
+GPU.
 
-A test adds figures to the report through pytest's fixture `record_property`.
+A test adds figures to the report through pytest's fixture `record_property`. Those in TOTALS are also added up over all
+tests, and a report without one of them is not one of the whole battery: what should have counted it was skipped.
 """
 
 from __future__ import annotations
@@ -29,6 +32,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "tests" / "gpu_report.json"
+TESTS = ("tests/gpu", "tests/cpu/test_cache_under_fire.py")
+TOTALS = (
+    "fuzz_cases",
+    "fuzz_runs",
+    "fuzz_failures",
+    "sanitizer_cases",
+    "sanitizer_reports",
+    "calls",  # in one process, while its memory was watched
+    "replays",  # of one graph
+    "processes_started",  # that share a disk cache
+    "processes_killed",
+    "survivors",
+)
 SOURCES = {"cuda_src": (".cu", ".cuh"), "etap_rt": (".py",)}
 FAILURE_CHARACTERS = 2000
 
@@ -81,7 +97,7 @@ def main() -> int:
         return 2
     recorder = Recorder()
     start = time.monotonic()
-    status = int(pytest.main(["tests/gpu", *pytest_arguments], plugins=[recorder]))
+    status = int(pytest.main([*TESTS, *pytest_arguments], plugins=[recorder]))
     report = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "sources_sha256": hash_sources(),
@@ -90,6 +106,7 @@ def main() -> int:
         "exit_status": status,
         "seconds": round(time.monotonic() - start, 1),
         **recorder.counts,
+        "totals": add_up(recorder.figures),
         "failures": recorder.failures,
         "skips": recorder.skips,
         "figures": recorder.figures,
@@ -97,6 +114,12 @@ def main() -> int:
     output.write_text(json.dumps(report, indent=2) + "\n")
     print(f"wrote {output}")
     return status
+
+
+def add_up(figures: dict[str, dict[str, Any]]) -> dict[str, int]:
+    """The figures of TOTALS, over all tests that have them."""
+    found = {name: [of_test[name] for of_test in figures.values() if name in of_test] for name in TOTALS}
+    return {name: sum(numbers) for name, numbers in found.items() if numbers}
 
 
 def verify() -> int:
@@ -111,10 +134,15 @@ def verify() -> int:
         wrong.append(f"the tests did not pass: {report['failed']} failed, {report['passed']} passed")
     if report["pytest_arguments"]:
         wrong.append(f"not all tests ran: pytest was given {report['pytest_arguments']}")
+    if missing := [name for name in TOTALS if name not in report.get("totals", {})]:
+        wrong.append(f"not the whole battery: the report has no {', '.join(missing)}")
     if report["sources_sha256"] != hash_sources():
         wrong.append("the sources have changed since")
-    about = f"{report['passed']} passed on {report['gpu']}, {report['date']}"
-    print("\n".join(wrong) if wrong else f"green: {about}, {report['skipped']} skipped")
+    if wrong:
+        print("\n".join(wrong))
+    else:
+        print(f"green: {report['passed']} passed on {report['gpu']}, {report['date']}, {report['skipped']} skipped")
+        print(", ".join(f"{name.replace('_', ' ')} {number:,}" for name, number in report["totals"].items()))
     return 1 if wrong else 0
 
 

@@ -1,11 +1,15 @@
 """Run the CPU tests on every Python and with the oldest and newest libraries, and compile all kernels with every NVRTC.
 
     python tools/matrix.py [--only python|libraries|nvrtc] [--python 3.12 ...] [--nvrtc 12.4 ...] [--tests PATH ...]
+    python tools/matrix.py --table
 
 Needs no GPU, but uv (pip install uv), which fetches packages and, where it can, interpreters; those of pyenv are used
-if it has them. Each cell is an environment of its own under --directory, a temporary one unless given. Prints a table,
-writes tests/matrix.json (cells that were not run keep what they said, with the sources they said it of), and ends with
-status 1 if a cell failed.
+if it has them. Each cell is an environment of its own, deleted when the cell is done unless --directory says where
+they stay; its tests run on a copy of the checkout as it was at the beginning, so editing meanwhile does no harm.
+
+Prints each cell, and what failed in it, as soon as it is done, and writes it to tests/matrix.json; cells that were not
+run keep what they said, with the sources they said it of. `--table` prints that file as the README's table. The exit
+status is 1 if a cell failed.
 """
 
 from __future__ import annotations
@@ -15,11 +19,15 @@ import ctypes
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -27,23 +35,33 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "tests" / "matrix.json"
-PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+COPIED = ("etap_rt", "cuda_src", "tests", "tools", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")  # each with the newest libraries that there are for it
+# One of them runs every test. The other cells leave out what compiles or computes much and is the same everywhere:
+# words for pytest's -k.
+EVERYTHING_ON = "3.13"
+LONG = "long- or test_kernels or real_demo or random_problems"
 NVRTCS = ("12.3", "12.4", "12.9", "13.0", "newest")
+EXTRAS = ("cuda13", "torch", "test")
 # How versions are chosen, the extras of pyproject.toml and the Python. CuPy asks for a newer NumPy than we do, so the
 # oldest NumPy can only be had without it, and without it nothing can be compiled.
 WITHOUT_CUPY = "oldest without CuPy"
 LIBRARIES = {
-    "oldest": ("lowest-direct", ("cuda13", "test"), "3.10"),
+    "oldest": ("lowest-direct", EXTRAS, "3.10"),
     WITHOUT_CUPY: ("lowest-direct", ("test",), "3.10"),
-    "newest": ("highest", ("cuda13", "test"), "3.13"),
+    "newest of CUDA 12": ("highest", ("cuda12", "torch", "test"), "3.12"),
 }
 TESTS_WITHOUT_CUPY = [
     f"tests/cpu/test_{name}.py"
     for name in ("arguments", "bad_input", "decode", "interop", "kv_cache", "public_api", "schedule", "states")
 ]
 NEEDS_A_COMPILER = "kernels_build or kernels_compile"  # among those, for pytest's -k
-SHOWN_PACKAGES = ("numpy", "cupy-cuda13x", "nvidia-cuda-nvrtc", "torch")
-FAILURE_CHARACTERS = 2000
+# Besides: what runs tests in several processes, and what torch 2.4 imports when it compiles but does not ask for.
+TOOLS = ("pytest-xdist", "setuptools")
+FAILURE_CHARACTERS = 2000  # of what a test or a command says, its end
+COMPILER_CHARACTERS = 400  # of a compiler's log, its beginning
+SHOWN_LINES = 3  # of each failure, on the screen
+CELL_SECONDS = 3600
 
 
 class CellError(Exception):
@@ -71,15 +89,22 @@ def run_tests(
 ) -> Cell:
     """Tests in an environment of their own."""
     start = time.monotonic()
+    environment = options.directory / f"{part}-{name}".replace(" ", "-")
     try:
-        environment = make_environment(options.directory / f"{part}-{name}".replace(" ", "-"), python)
-        install = ["pip", "install", "--quiet", "--python", str(environment), "--resolution", resolution]
-        for extra in extras:
-            install += ["--extra", extra]
-        uv(*install, "-r", str(ROOT / "pyproject.toml"), *options.with_packages)
-        result = {**versions(environment), **pytest_outcome(environment, tests)}
+        interpreter = make_environment(environment, python)
+        install = ["pip", "install", "--quiet", "--python", str(interpreter)]
+        wanted = [word for extra in extras for word in ("--extra", extra)]
+        uv(*install, "--resolution", resolution, *wanted, "-r", str(options.checkout / "pyproject.toml"))
+        uv(*install, *TOOLS)
+        result = versions(interpreter, options.checkout)
+        result |= pytest_outcome(
+            interpreter, ["-n", str(options.processes), "--dist", "loadfile", *tests], options.checkout
+        )
     except CellError as error:
         result = {"error": str(error)}
+    finally:
+        if not options.keep:
+            shutil.rmtree(environment, ignore_errors=True)
     return Cell(part, name, {**result, "seconds": round(time.monotonic() - start, 1)})
 
 
@@ -90,9 +115,10 @@ def make_environment(directory: Path, version: str) -> Path:
 
 
 def find_python(version: str) -> str:
-    """An interpreter of that version: pyenv's, else one that uv finds or fetches."""
-    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
-    found = sorted(root.glob(f"versions/{version}.*/bin/python"))
+    """An interpreter of that version: pyenv's newest, else one that uv finds or fetches."""
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    patches = {path.name.rpartition(".")[2]: path / "bin" / "python" for path in root.glob(f"{version}.*")}
+    found = [patches[patch] for patch in sorted(filter(str.isdecimal, patches), key=int) if patches[patch].exists()]
     if found:
         return str(found[-1])
     try:
@@ -102,37 +128,53 @@ def find_python(version: str) -> str:
         return uv("python", "find", version).strip()
 
 
-def versions(python: Path) -> dict[str, Any]:
-    """The interpreter's version and those of the packages that matter."""
-    script = (
-        "import importlib.metadata as m, json, platform; print(json.dumps({'python': platform.python_version(), "
-        "'packages': {d.metadata['Name'].lower(): d.version for d in m.distributions()}}))"
-    )
-    found = json.loads(run([str(python), "-c", script]))
-    found["packages"] = {name: v for name, v in sorted(found["packages"].items()) if name in SHOWN_PACKAGES}
-    return dict(found)
+VERSIONS = """
+import importlib.metadata as m, json, platform
+from etap_rt import compiler, errors
+found = {d.metadata["Name"].lower(): d.version for d in m.distributions()}
+cupy = [v for name, v in found.items() if name.startswith("cupy-cuda")]
+try:
+    nvrtc = ".".join(map(str, compiler.nvrtc_version()))
+except errors.UnsupportedError:
+    nvrtc = None
+print(json.dumps({"python": platform.python_version(), "numpy": found["numpy"], "cupy": (cupy or [None])[0],
+                  "nvrtc": nvrtc, "torch": found.get("torch")}))
+"""
 
 
-def pytest_outcome(python: Path, tests: list[str]) -> dict[str, Any]:
-    """Run pytest, and count. The checkout comes first on the path of what the tests start."""
+def versions(python: Path, checkout: Path) -> dict[str, Any]:
+    """The versions of the interpreter and of the packages that matter, None for those that are not there."""
+    found: dict[str, Any] = json.loads(run([str(python), "-c", VERSIONS], {"PYTHONPATH": str(checkout)}))
+    return found
+
+
+def pytest_outcome(python: Path, arguments: list[str], checkout: Path) -> dict[str, Any]:
+    """Run pytest, and count. Raises CellError if it did not get as far as running tests."""
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "report.xml"
-        command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
-        variables = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
-        if not report.exists():
-            raise CellError(f"pytest ended with status {done.returncode}: {(done.stdout + done.stderr)[-500:]}")
+        command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
+        # The checkout comes first on the path of what the tests start.
+        variables = {**os.environ, "PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
+        try:
+            done = subprocess.run(
+                command, cwd=checkout, env=variables, capture_output=True, text=True, timeout=CELL_SECONDS
+            )
+        except subprocess.TimeoutExpired as error:
+            raise CellError(f"pytest was not done after {CELL_SECONDS} s") from error
+        if done.returncode not in (0, 1) or not report.exists():  # 0: all passed, 1: some failed
+            raise CellError(f"pytest ended with status {done.returncode}: {end_of(done.stdout + done.stderr)}")
         cases = list(ElementTree.parse(report).getroot().iter("testcase"))
     failures = [(case, child) for case in cases for child in case if child.tag in ("failure", "error")]
-    skipped = sum(child.tag == "skipped" for case in cases for child in case)
+    skips = [child.get("message", "") for case in cases for child in case if child.tag == "skipped"]
     failed = len({id(case) for case, _ in failures})
     return {
-        "tests": tests,
-        "passed": len(cases) - failed - skipped,
+        "arguments": arguments,
+        "passed": len(cases) - failed - len(skips),
         "failed": failed,
-        "skipped": skipped,
+        "skipped": len(skips),
+        "skip_reasons": dict(Counter(skips).most_common()),
         "failures": [
-            {"test": f"{case.get('classname')}::{case.get('name')}", "text": (child.text or "")[-FAILURE_CHARACTERS:]}
+            f"{case.get('classname')}::{case.get('name')}\n{end_of(child.text or '')}".replace(f"{checkout}/", "")
             for case, child in failures
         ],
     }
@@ -142,13 +184,23 @@ def pytest_outcome(python: Path, tests: list[str]) -> dict[str, Any]:
 
 
 def run_nvrtc(version: str, options: Any) -> Cell:
-    """Compile every kernel with the NVRTC of a wheel, in a process of its own."""
+    """Compile every kernel with the NVRTC of a wheel, in processes of their own: each compiles one at a time."""
     start = time.monotonic()
     try:
         library = fetch_nvrtc(version, options.directory)
-        variables = {**os.environ, "LD_LIBRARY_PATH": str(library.parent)}  # where it looks for its second half
-        command = [sys.executable, str(Path(__file__).resolve()), "--compile-with", str(library)]
-        result = json.loads(run(command, variables))
+        variables = {"LD_LIBRARY_PATH": str(library.parent)}  # where it looks for its second half
+        command = [sys.executable, str(options.checkout / "tools" / "matrix.py"), "--compile-with", str(library)]
+        shares = [[*command, "--share", str(i), str(options.processes)] for i in range(options.processes)]
+        with ThreadPoolExecutor() as pool:
+            done = [json.loads(text) for text in pool.map(lambda share: run(share, variables), shares)]
+        failures = sorted(text for share in done for text in share["failures"])
+        result = {
+            "nvrtc": done[0]["nvrtc"],
+            "kernels": sum(share["kernels"] for share in done),
+            "failed": len({text.partition(": ")[0] for text in failures}),
+            "most_registers": max(share["most_registers"] for share in done),
+            "failures": failures,
+        }
     except CellError as error:
         result = {"error": str(error)}
     return Cell("nvrtc", version, {**result, "seconds": round(time.monotonic() - start, 1)})
@@ -217,8 +269,8 @@ class Nvrtc:
         return buffer.raw
 
 
-def compile_with(library: str) -> dict[str, Any]:
-    """Compile all kernels; what is wrong with any of them."""
+def compile_with(library: str, share: int = 0, shares: int = 1) -> dict[str, Any]:
+    """Compile every kernel, or one share of them, and say what is wrong with which."""
     sys.path.insert(0, str(ROOT))
     from etap_rt import compiler
     from etap_rt.errors import CompileError
@@ -226,124 +278,182 @@ def compile_with(library: str) -> dict[str, Any]:
 
     nvrtc = Nvrtc(library)
     compiler._nvrtc = lambda: nvrtc  # type: ignore[assignment]
-    wrong, registers = [], 0
-    for spec in all_specs():
+    specs, failures, registers = all_specs()[share::shares], [], 0
+    for spec in specs:
         try:
             report = compiler.build_report(compiler._compile(compiler._job(spec, compiler.ARCH)))
         except CompileError as error:
-            wrong.append(f"{spec} does not compile: {error.log[:FAILURE_CHARACTERS]}")
+            failures.append(f"{spec}: does not compile: {error.log[:COMPILER_CHARACTERS]}")
             continue
         registers = max(registers, report.registers)
         if report.spill_stores or report.spill_loads or report.stack:
-            wrong.append(f"{spec}: {report.stack} bytes of stack, {report.spill_stores} spilled")
+            failures.append(
+                f"{spec}: spills, {report.spill_stores} bytes stored, {report.spill_loads} loaded, "
+                f"{report.stack} of stack, {report.registers} registers"
+            )
         if report.serialized_wgmma:
-            wrong.append(f"{spec}: serialized wgmma")
+            failures.append(f"{spec}: serialized wgmma")
     version = ".".join(map(str, nvrtc.getVersion()))
-    return {
-        "nvrtc": version,
-        "kernels": len(all_specs()),
-        "failed": len(wrong),
-        "failures": wrong,
-        "most_registers": registers,
-    }
+    return {"nvrtc": version, "kernels": len(specs), "failures": failures, "most_registers": registers}
 
 
-# ---- The table ----
+# ---- Commands ----
 
 
 def uv(*arguments: str) -> str:
-    return run(["uv", *arguments])
+    """Of the environment that this runs in, if it has one."""
+    beside = Path(sys.executable).with_name("uv")
+    return run([str(beside) if beside.exists() else "uv", *arguments])
 
 
 def run(command: list[str], variables: dict[str, str] | None = None) -> str:
     """What a command prints. Raises CellError with the end of what it complains about."""
     try:
-        done = subprocess.run(command, env=variables, capture_output=True, text=True)
+        done = subprocess.run(command, env={**os.environ, **(variables or {})}, capture_output=True, text=True)
     except FileNotFoundError as error:
         raise CellError(f"{command[0]} is not installed") from error
     if done.returncode:
-        raise CellError(f"{' '.join(command)}: {(done.stderr or done.stdout)[-FAILURE_CHARACTERS:].strip()}")
+        raise CellError(f"{' '.join(command)}: {end_of(done.stderr or done.stdout)}")
     return done.stdout
+
+
+def end_of(text: str) -> str:
+    return text.strip()[-FAILURE_CHARACTERS:]
+
+
+# ---- The table ----
+
+HEADINGS = ("Python", "NumPy", "CuPy", "NVRTC", "torch")
+NAMES = {"python": "Python {}", "libraries": "{}", "nvrtc": "NVRTC {}"}
 
 
 def table(cells: list[dict[str, Any]]) -> str:
     """Markdown, a line a cell."""
-    lines = ["| | versions | passed | failed | skipped | s |", "|---|---|---:|---:|---:|---:|"]
+    lines = [f"| | {' | '.join(HEADINGS)} | outcome |", f"|---{'|---' * len(HEADINGS)}|---|"]
     for cell in cells:
         result = cell["result"]
-        found = {"Python": result.get("python"), "NVRTC": result.get("nvrtc"), **result.get("packages", {})}
-        shown = ", ".join(f"{name} {version}" for name, version in found.items() if version)
-        passed = result.get("passed", result.get("kernels", 0) - result.get("failed", 0))
-        counts = [result.get("error", "")[:60]] if result.get("error") else [passed, result.get("failed", 0)]
-        counts += [""] * (2 - len(counts)) + [result.get("skipped", 0), result["seconds"]]
-        lines.append(f"| {cell['part']} {cell['name']} | {shown} | {' | '.join(map(str, counts))} |")
+        found = [result.get(heading.lower()) or "" for heading in HEADINGS]
+        name = NAMES[cell["part"]].format(cell["name"])
+        lines.append(f"| {name} | {' | '.join(found)} | {outcome(result)} |")
     return "\n".join(lines)
 
 
-def merge(old: list[dict[str, Any]], new: list[Cell]) -> list[dict[str, Any]]:
-    """Cells of a report, the old ones replaced by what was run now, in the order of the matrix."""
-    about = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "sources_sha256": hash_sources()}
-    cells = {(cell["part"], cell["name"]): cell for cell in old}
-    for cell in new:
-        cells[cell.part, cell.name] = {"part": cell.part, "name": cell.name, **about, "result": cell.result}
+def outcome(result: dict[str, Any]) -> str:
+    if "error" in result:
+        return "not run"
+    if "kernels" in result:
+        good = f"{result['kernels'] - result['failed']} of {result['kernels']} kernels"
+        what = Counter("spill" if ": spills" in text else "fail" for text in result["failures"])
+        return ", ".join([good, *(f"{count} {kind}" for kind, count in what.items())])
+    counts = {kind: result[kind] for kind in ("passed", "failed", "skipped")}
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+
+
+def complaints(result: dict[str, Any]) -> list[str]:
+    """What a cell that failed has to say, short."""
+    if "error" in result:
+        return [result["error"]]
+    shown = []
+    for text in result["failures"]:
+        first, *others = text.splitlines()
+        shown.append("\n    ".join([first, *others[-SHOWN_LINES:]]))
+    return shown
+
+
+def merge(old: list[dict[str, Any]], cell: Cell, sources: str) -> list[dict[str, Any]]:
+    """Cells of a report, one of them replaced by what was run now, in the order of the matrix."""
+    about = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "sources_sha256": sources}
+    cells = {(found["part"], found["name"]): found for found in old}
+    cells[cell.part, cell.name] = {"part": cell.part, "name": cell.name, **about, "result": cell.result}
     order = [("python", name) for name in PYTHONS] + [("libraries", name) for name in LIBRARIES]
     order += [("nvrtc", name) for name in NVRTCS]
     return [cells[key] for key in sorted(cells, key=lambda k: (order.index(k) if k in order else len(order), k))]
 
 
-def hash_sources() -> str:
+def read_report(path: Path) -> list[dict[str, Any]]:
+    try:
+        cells: list[dict[str, Any]] = json.loads(path.read_text())["cells"]
+    except FileNotFoundError:
+        return []
+    return cells
+
+
+def hash_sources(checkout: Path) -> str:
     """As tools/gpu_check.py does it, so that the two reports can be compared."""
-    spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "tools" / "gpu_check.py")
+    spec = importlib.util.spec_from_file_location("gpu_check", checkout / "tools" / "gpu_check.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return str(module.hash_sources())
 
 
+def copy_checkout(target: Path) -> Path:
+    """What tests need of this checkout."""
+    for name in COPIED:
+        path = ROOT / name
+        if path.is_dir():
+            shutil.copytree(path, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(path, target / name)
+    return target
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", choices=("python", "libraries", "nvrtc"), help="one part of the matrix")
     parser.add_argument("--python", nargs="+", default=PYTHONS, help="versions of Python")
+    parser.add_argument("--libraries", nargs="+", default=list(LIBRARIES), choices=LIBRARIES, help="sets of libraries")
     parser.add_argument("--nvrtc", nargs="+", default=NVRTCS, help="versions of NVRTC, or newest")
     parser.add_argument("--tests", nargs="+", default=["tests/cpu"], help="what pytest is given")
-    parser.add_argument("--with-packages", nargs="+", default=[], help="more packages for the tests, such as torch")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that test or compile at once")
     parser.add_argument("--directory", type=Path, help="where environments are made and stay")
     parser.add_argument("--output", type=Path, default=REPORT, help="where the report goes")
+    parser.add_argument("--table", action="store_true", help="print the report, run nothing")
     parser.add_argument("--compile-with", help=argparse.SUPPRESS)
+    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.compile_with:
-        print(json.dumps(compile_with(options.compile_with)))
+        print(json.dumps(compile_with(options.compile_with, *options.share)))
         return 0
+    if options.table:
+        print(table(read_report(options.output)))
+        return 0
+    return run_all(options)
+
+
+def run_all(options: Any) -> int:
+    """Run the cells that were asked for, and write each down."""
     with tempfile.TemporaryDirectory() as temporary:
+        options.keep = options.directory is not None
         options.directory = (options.directory or Path(temporary)).absolute()
-        cells = []
+        (Path(temporary) / "checkout").mkdir()
+        options.checkout = copy_checkout(Path(temporary) / "checkout")
+        sources, passed = hash_sources(options.checkout), True
         for cell in run_cells(options):
-            print(table([{"part": cell.part, "name": cell.name, "result": cell.result}]).splitlines()[-1], flush=True)
-            cells.append(cell)
-    try:
-        old = json.loads(options.output.read_text())["cells"]
-    except (OSError, ValueError, KeyError):
-        old = []
-    merged = merge(old, cells)
-    options.output.write_text(json.dumps({"cells": merged}, indent=2) + "\n")
-    print(f"\n{table(merged)}\n\nwrote {options.output}")
-    return 0 if all(cell.passed for cell in cells) else 1
+            passed = passed and cell.passed
+            print("\n".join([table([vars(cell)]).splitlines()[-1], *complaints(cell.result)]), flush=True)
+            cells = merge(read_report(options.output), cell, sources)
+            options.output.write_text(json.dumps({"cells": cells}, indent=2) + "\n")
+    print(f"wrote {options.output}")
+    return 0 if passed else 1
 
 
-def run_cells(options: Any) -> Any:
+def run_cells(options: Any) -> Iterator[Cell]:
     """Run the cells that were asked for, one after the other."""
     if options.only in (None, "nvrtc"):
         for version in options.nvrtc:
             yield run_nvrtc(version, options)
     if options.only in (None, "libraries"):
-        for name, (resolution, extras, python) in LIBRARIES.items():
-            tests = options.tests
+        for name in options.libraries:
+            resolution, extras, python = LIBRARIES[name]
+            tests = [*options.tests, "-k", f"not ({LONG})"]
             if name == WITHOUT_CUPY:
-                tests = [*TESTS_WITHOUT_CUPY, "-k", f"not ({NEEDS_A_COMPILER})"]
+                tests = [*TESTS_WITHOUT_CUPY, "-k", f"not ({LONG} or {NEEDS_A_COMPILER})"]
             yield run_tests("libraries", name, python, resolution, extras, tests, options)
     if options.only in (None, "python"):
         for version in options.python:
-            yield run_tests("python", version, version, "highest", ("cuda13", "test"), options.tests, options)
+            tests = options.tests if version == EVERYTHING_ON else [*options.tests, "-k", f"not ({LONG})"]
+            yield run_tests("python", version, version, "highest", EXTRAS, tests, options)
 
 
 if __name__ == "__main__":

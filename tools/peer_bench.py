@@ -1,15 +1,16 @@
 """Time mla_decode beside other libraries: the same inputs, the same run, in turns.
 
-    python tools/peer_bench.py [--only GROUP] [--peer NAME] [--flashmla-so FILE] [--fa3-so FILE] [--samples N]
-                               [--json FILE] [--pictures DIRECTORY]
+    python tools/peer_bench.py [--only GROUP] [--peer NAME] [--flashmla-so FILE] [--fa3-so FILE] [--sms N]
+                               [--samples N] [--json FILE] [--pictures DIRECTORY]
     python tools/peer_bench.py --from FILE [--pictures DIRECTORY]
+    python tools/peer_bench.py --markdown FILE
 
 Measured are whatever libraries are importable (tools/peers has an adapter for each, and says of the others why they are
 skipped) and the stream floor, as tools/bench.py does: CUDA events around one call, the L2 cache cleaned before each by
 reading 1 GiB, medians of N samples in each of two rounds with other inputs. What a library plans once a step is planned
 before. Every output is compared with ours first; one that differs is reported and not timed.
 
-`--from` shows an earlier result and draws its pictures; it needs no GPU.
+`--from` shows an earlier result and draws its pictures, `--markdown` prints the README's table; they need no GPU.
 """
 
 from __future__ import annotations
@@ -35,9 +36,12 @@ from bench import (
     Cell,
     K,
     Problem,
+    cells_on,
+    describe_run,
     format_number,
     format_tokens,
     format_us,
+    markdown_table,
     mixed_lengths,
     positive,
     print_table,
@@ -52,13 +56,25 @@ from etap_rt import EtapError, mla_decode
 # Norm of the difference to our output over the norm of our output. Those who round scores to bfloat16 come to 0.5e-2.
 ACCEPTED_DIFFERENCE = 2e-2
 ROOFLINE_GPU = "H200"
+PARTS_OF_THE_GPU = (64, 48, 32, 24)  # SMs: fewer and fewer tensor cores for the same memory
 ROOFLINE_GROUPS = ("heads", "queries")
+
+# What the README shows of each group.
+README_COLUMNS: dict[str, tuple[str, ...]] = {
+    "lengths": ("512", "2K", "8K", "32K", "64K"),
+    "heads": ("16 heads", "64 heads", "128 heads"),
+    "queries": ("s_q=2", "s_q=4"),
+    "mixed": ("seed 1", "seed 2", "seed 3"),
+    "fp16": (),
+    "sms": ("64 SMs", "32 SMs"),
+}
+README_WITHOUT = ("CuPy",)
 
 # ---- What is measured ------------------------------------------------------------------------------------------------
 
 
 def all_cells() -> list[Cell]:
-    """The paper's grid, one request, query rows by heads and by tokens, mixed lengths, and float16."""
+    """The paper's grid, one request, query rows by heads and by tokens, mixed lengths, float16, and few SMs."""
     cells = [
         Cell("lengths", f"b={batch}", format_tokens(tokens), None, (tokens,) * batch)
         for batch in (1, 16, 32)
@@ -72,6 +88,7 @@ def all_cells() -> list[Cell]:
     cells += [
         Cell("fp16", "b=16 float16", format_tokens(tokens), None, (tokens,) * 16, dtype="float16") for tokens in TOKENS
     ]
+    cells += [Cell("sms", "b=16 16K", f"{sms} SMs", None, (16 * K,) * 16, sms=sms) for sms in PARTS_OF_THE_GPU]
     return cells
 
 
@@ -121,8 +138,17 @@ class Measured:
 
 def sample(bench: Bench, cell: Cell, seed: int, candidates: Sequence[Peer], measured: Measured) -> None:
     """One round of a cell: ours, the floor and all peers in turns."""
+    with bench.on_sms(cell.sms):
+        calls = prepare_all(bench, cell, seed, candidates, measured)
+        measured.rounds.append(dict(zip(calls, bench.time_gpu(list(calls.values())))))
+
+
+def prepare_all(
+    bench: Bench, cell: Cell, seed: int, candidates: Sequence[Peer], measured: Measured
+) -> dict[str, Callable[[], Any]]:
+    """The calls of a cell by name; peers that cannot be timed are noted in `measured`."""
     problem = Problem(cell, seed)
-    calls = {OURS: problem.decode, FLOOR: bench.floor_call(problem)}
+    calls: dict[str, Callable[[], Any]] = {OURS: problem.decode, FLOOR: bench.floor_call(problem)}
     ours = mla_decode(problem.q, problem.cache, problem.block_table, problem.cache_seqlens, softmax_scale=SOFTMAX_SCALE)
     for peer in candidates:
         if peer.name in measured.skipped:
@@ -133,7 +159,7 @@ def sample(bench: Bench, cell: Cell, seed: int, candidates: Sequence[Peer], meas
             calls[peer.name] = call
         else:
             measured.skipped[peer.name] = call
-    measured.rounds.append(dict(zip(calls, bench.time_gpu(list(calls.values())))))
+    return calls
 
 
 def entry_of(cell: Cell, measured: Measured) -> dict[str, Any]:
@@ -154,6 +180,7 @@ def entry_of(cell: Cell, measured: Measured) -> dict[str, Any]:
         "heads": cell.heads,
         "s_q": cell.s_q,
         "dtype": cell.dtype,
+        "sms": cell.sms or None,
         "flop_per_byte": round(cell.flop / (cell.pages * PAGE_BYTES), 2),
         "times": times,
         "share_of_floor": {
@@ -169,7 +196,7 @@ def entry_of(cell: Cell, measured: Measured) -> dict[str, Any]:
     return entry
 
 
-def run(groups: Sequence[str], names: Sequence[str], samples: int) -> dict[str, Any]:
+def run(groups: Sequence[str], names: Sequence[str], samples: int, sms: int = 0) -> dict[str, Any]:
     """Measure; returns the result file's contents. Raises EtapError or ImportError where that is not possible."""
     from gpu_check import describe_machine, hash_sources
 
@@ -180,6 +207,7 @@ def run(groups: Sequence[str], names: Sequence[str], samples: int) -> dict[str, 
     for name, reason in missing.items():
         print(f"{name} is skipped: {reason}", file=sys.stderr)
     cells = [cell for cell in all_cells() if cell.group in groups]
+    cells = bench.possible(cells_on(sms, cells) if sms else cells)
     measured = [Measured() for _ in cells]
     for seed in range(ROUNDS):
         for cell, so_far in zip(with_progress(cells, seed), measured):
@@ -188,6 +216,7 @@ def run(groups: Sequence[str], names: Sequence[str], samples: int) -> dict[str, 
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "sources_sha256": hash_sources(),
         **machine,
+        "sms_used": sms or machine["sms"],
         "samples": samples,
         "rounds": ROUNDS,
         "peers": {peer.name: peer.version() for peer in found},
@@ -211,7 +240,7 @@ def find_peers(names: Sequence[str] = ()) -> tuple[list[Peer], dict[str, str]]:
 def print_results(results: Mapping[str, Any]) -> None:
     """A table of times in us, with the ratio of the best peer's time to ours."""
     versions = ", ".join(f"{name} ({version})" for name, version in results["peers"].items())
-    print(f"{describe(results)}\nPeers: {versions or 'none'}. Times in us.")
+    print(f"{describe_run(results)}.\nPeers: {versions or 'none'}. Times in us.")
     entries = results["cells"]
     columns = columns_of(results)
     headings = ("call", *columns, "of floor", "TB/s", "TFLOP/s", "best peer / ours")
@@ -229,6 +258,26 @@ def print_results(results: Mapping[str, Any]) -> None:
         print(f"{reason} ({len(where)} calls, {where[0]} the first)")
 
 
+def markdown(results: Mapping[str, Any]) -> str:
+    """The README's table: some of the calls, times in us with the fastest bold, the best peer's time over ours."""
+    names = [OURS, *(name for name in columns_of(results) if name not in (OURS, FLOOR, *README_WITHOUT))]
+    rows = []
+    for call, entry in results["cells"].items():
+        if entry["column"] in README_COLUMNS[entry["group"]]:
+            times = [entry["times"].get(name) for name in names]
+            best = min(time["us"] for time in times if time)
+            texts = [format_us(time["us"]) if time else "" for time in times]
+            texts = [f"**{text}**" if time and time["us"] == best else text for time, text in zip(times, texts)]
+            rows.append([call, *texts, format_number(entry.get("times_as_fast_as_best_peer"), 2)])
+    headings = ["", *map(short, names), "others / ours"]
+    return "\n".join([f"{describe_run(results)}.", "", *markdown_table(headings, rows)])
+
+
+def short(name: str) -> str:
+    """A library's name without who ships it."""
+    return name.partition(" (")[0]
+
+
 def columns_of(results: Mapping[str, Any]) -> list[str]:
     """Ours, the peers that were timed at all, and the floor."""
     timed = {name for entry in results["cells"].values() for name in entry["times"]}
@@ -244,44 +293,32 @@ def reasons_of(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]
     return reasons
 
 
-def describe(results: Mapping[str, Any]) -> str:
-    return (
-        f"{results['gpu']} ({results['sms']} SMs), driver {results['driver']}, NVRTC {results['versions']['nvrtc']}, "
-        f"{results['date'][:10]}, sources {results['sources_sha256'][:12]}."
-    )
-
-
 def draw(results: Mapping[str, Any], directory: Path) -> list[Path]:
     """Throughput by length, share of the floor by length and the roofline, as PNG files; returns their paths."""
-    title = describe(results)
+    about = describe_run(results)
     by_batch = lines_of(results)
     drawn = []
     if by_batch:
         path = directory / "throughput.png"
-        with pictures.figure(path, title, len(by_batch)) as panels:
+        title = "Throughput by length: 16 heads, one query token a request, bfloat16"
+        with pictures.figure(path, title, about, columns=len(by_batch), width=4.6) as panels:
             for axes, (batch, entries) in zip(panels, by_batch.items()):
-                lines = rates_by_length(entries, columns_of(results))
-                pictures.draw_by_length(axes, lines, "TFLOP/s")
+                pictures.draw_by_length(axes, rates_by_length(entries, columns_of(results)), "TFLOP/s")
                 if batch == pictures.PAPER_BATCH:
                     pictures.draw_paper(axes)
-                axes.set_title(f"batch {batch}, {entries[0]['heads']} heads")
-                axes.legend()
+                axes.set_ylim(bottom=0)
+                axes.set_title(f"batch {batch}")
         drawn.append(path)
         path = directory / "share_of_floor.png"
-        with pictures.figure(path, title, len(by_batch)) as panels:
+        title = "How near to only loading the cache: the stream floor's time over that of the call"
+        with pictures.figure(path, title, about, columns=len(by_batch), width=4.6) as panels:
             for axes, (batch, entries) in zip(panels, by_batch.items()):
-                lines = {
-                    name: {e["tokens"]: 100 * e["share_of_floor"][name] for e in entries if name in e["share_of_floor"]}
-                    for name in columns_of(results)
-                    if name != FLOOR
-                }
-                pictures.draw_by_length(axes, lines, "stream floor's time over time, %")
-                axes.axhline(100, linestyle="--", color=pictures.FLOOR_COLOR)
-                axes.set_ylim(0, 105)
-                axes.set_title(f"batch {batch}, {entries[0]['heads']} heads")
-                axes.legend()
+                pictures.draw_by_length(axes, shares_by_length(entries, columns_of(results)), "% of the stream floor")
+                axes.axhline(100, **pictures.style_of(FLOOR), label=FLOOR)
+                axes.set_ylim(0, 108)
+                axes.set_title(f"batch {batch}")
         drawn.append(path)
-    return [*drawn, *draw_roofline(results, directory / "roofline.png", title)]
+    return [*drawn, *draw_roofline(results, directory / "roofline.png", about)]
 
 
 def lines_of(results: Mapping[str, Any]) -> dict[int, list[dict[str, Any]]]:
@@ -304,25 +341,35 @@ def rates_by_length(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) 
     return lines
 
 
-def draw_roofline(results: Mapping[str, Any], path: Path, title: str) -> list[Path]:
+def shares_by_length(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, dict[int, float]]:
+    """The floor's time over a library's in percent, by name and tokens."""
+    return {
+        name: {e["tokens"]: 100 * e["share_of_floor"][name] for e in entries if name in e["share_of_floor"]}
+        for name in names
+    }
+
+
+def draw_roofline(results: Mapping[str, Any], path: Path, about: str) -> list[Path]:
     """The calls that keep the GPU busy, by their flop per byte, below the roofs of its data sheet."""
     from roofline import DATA_SHEETS
 
     name = next((name for name in DATA_SHEETS if name in results["gpu"].split()), ROOFLINE_GPU)
     sheet = DATA_SHEETS[name]
-    points: dict[str, dict[str, tuple[float, float]]] = {}
-    for label, entry in results["cells"].items():
+    points: dict[str, dict[tuple[str, str], tuple[float, float]]] = {}
+    for entry in results["cells"].values():
         if entry["group"] not in ROOFLINE_GROUPS:
             continue
         for library, figures in entry["times"].items():
             if library != FLOOR:
-                points.setdefault(library, {})[label] = (entry["flop_per_byte"], figures["tflop_per_s"])
+                points.setdefault(library, {})[entry["row"], entry["column"]] = (
+                    entry["flop_per_byte"],
+                    figures["tflop_per_s"],
+                )
     if not points:
         return []
-    with pictures.figure(path, title) as (axes,):
+    title = f"Roofline: rates reached, below the roofs of the {name}'s data sheet"
+    with pictures.figure(path, title, about, height=5.5, width=8.5) as (axes,):
         pictures.draw_roofline(axes, sheet.tflop_per_s, sheet.tb_per_s, points)
-        axes.set_title(f"roofs: data sheet of the {name}")
-        axes.legend()
     return [path]
 
 
@@ -337,17 +384,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--peer", action="append", choices=[p.name for p in peers.all_peers()], help="beside this one only"
     )
     add_library_options(parser)
+    parser.add_argument("--sms", type=positive, default=0, metavar="N", help="on N SMs of the GPU (default: all)")
     parser.add_argument("--samples", type=positive, default=SAMPLES, help="of each round (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--pictures", type=Path, metavar="DIRECTORY", help="draw them there")
     parser.add_argument("--from", dest="earlier", type=Path, metavar="FILE", help="show these results, measure nothing")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="print the README's table of these results")
     options = parser.parse_args(arguments)
+    if options.markdown:
+        print(markdown(json.loads(options.markdown.read_text())))
+        return 0
     use_libraries(options)
     if options.earlier:
         results = json.loads(options.earlier.read_text())
     else:
         try:
-            results = run(options.only or groups, options.peer or (), options.samples)
+            results = run(options.only or groups, options.peer or (), options.samples, options.sms)
         except (EtapError, ImportError) as error:
             print(f"cannot measure here: {error}", file=sys.stderr)
             return 2

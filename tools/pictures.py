@@ -9,11 +9,23 @@ from typing import Any
 
 from bench import format_tokens
 
-DOTS_PER_INCH = 140
+DOTS_PER_INCH = 110
+LEGEND_INCHES = 1.7  # that an entry of the legend takes
 OURS = "etap_rt"
 FLOOR = "stream floor"
-OURS_COLOR, FLOOR_COLOR, PAPER_COLOR = "#1f77b4", "#888888", "#666666"
-OTHER_COLORS = ("#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf")
+FLOOR_COLOR, PAPER_COLOR = "#888888", "#666666"
+# The same in every picture: a library by its name, whoever ships it.
+COLORS = {
+    OURS: "#1f77b4",
+    FLOOR: FLOOR_COLOR,
+    "FlashMLA": "#d62728",
+    "FlashAttention-3": "#2ca02c",
+    "FlashInfer": "#9467bd",
+    "torch": "#ff7f0e",
+    "CuPy": "#8c564b",
+}
+MARKERS = {OURS: "o", "FlashMLA": "s", "FlashAttention-3": "^", "FlashInfer": "D", "torch": "v", "CuPy": "x"}
+OTHER_COLORS = ("#d62728", "#2ca02c", "#9467bd")  # of lines that are no libraries
 
 # TFLOP/s at 512 ... 64K tokens, 16 requests of 16 heads, on an H20: arXiv 2506.01969, the paper's table.
 PAPER_TOKENS = tuple(512 << i for i in range(8))
@@ -22,15 +34,26 @@ PAPER_H20 = {
     "FlashMLA-ETAP": (13, 21, 34, 46, 61, 75, 85, 89),
 }
 PAPER_BATCH = 16
+BESIDE = 1.035  # factor between neighbours in a roofline
 
 Line = Mapping[int, float]  # tokens -> value
 
 
 @contextmanager
-def figure(path: Path, title: str, panels: int = 1, height: float = 4.2, width: float = 6.4) -> Iterator[list[Any]]:
-    """A figure of some panels side by side, as their axes; written to `path` (PNG or what its ending says) at the end.
+def figure(
+    path: Path,
+    title: str,
+    about: str,
+    rows: int = 1,
+    columns: int = 1,
+    height: float = 4.2,
+    width: float = 6.4,
+    **subplots: Any,
+) -> Iterator[list[Any]]:
+    """A figure of panels, each `width` x `height` inches, as their axes, row by row; written to `path` at the end.
 
-    Raises SystemExit, with what to install, without matplotlib.
+    `title` says what is drawn, `about` (a smaller line) where and when it was measured. Panels share one legend, of
+    everything that has a label. Raises SystemExit, with what to install, without matplotlib.
     """
     try:
         import matplotlib
@@ -49,33 +72,45 @@ def figure(path: Path, title: str, panels: int = 1, height: float = 4.2, width: 
         "legend.frameon": False,
     }
     with pyplot.rc_context(settings):
-        drawn, axes = pyplot.subplots(1, panels, figsize=(width * panels, height), squeeze=False, layout="constrained")
+        size = (width * columns, height * rows + 0.8)
+        drawn, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **subplots)
         try:
-            yield list(axes[0])
-            drawn.suptitle(title, fontsize=10)
+            yield list(axes.flat)
+            labelled = {
+                label: handle for panel in axes.flat for handle, label in zip(*panel.get_legend_handles_labels())
+            }
+            legend = drawn.legend(
+                list(labelled.values()),
+                list(labelled),
+                title=title,
+                title_fontproperties={"size": 12, "weight": "bold"},
+                loc="outside upper center",
+                ncols=max(1, min(len(labelled), int(size[0] / LEGEND_INCHES))),
+            )
+            legend.get_title().set_multialignment("center")
+            drawn.supxlabel(about, fontsize=8, color=PAPER_COLOR)
             path.parent.mkdir(parents=True, exist_ok=True)
             drawn.savefig(path, dpi=DOTS_PER_INCH)
         finally:
             pyplot.close(drawn)
 
 
-def colors_of(names: Sequence[str]) -> dict[str, str]:
-    """A color a name; ours and the floor always have the same."""
-    fixed = {OURS: OURS_COLOR, FLOOR: FLOOR_COLOR}
-    others = [name for name in names if name not in fixed]
-    return fixed | {name: OTHER_COLORS[i % len(OTHER_COLORS)] for i, name in enumerate(others)}
+def style_of(name: str) -> dict[str, Any]:
+    """How the line of a library is drawn: ours thick and below the others, the floor dashed."""
+    if name == FLOOR:
+        return {"color": FLOOR_COLOR, "linestyle": "--", "linewidth": 1.2}
+    known = next((key for key in MARKERS if name.startswith(key)), "")
+    if name == OURS:
+        return {"color": COLORS[OURS], "marker": MARKERS[OURS], "markersize": 6, "linewidth": 3.2, "zorder": 2}
+    color, marker = COLORS.get(known, "black"), MARKERS.get(known, ".")
+    return {"color": color, "marker": marker, "markersize": 3.5, "linewidth": 1.2, "zorder": 3}
 
 
 def draw_by_length(axes: Any, lines: Mapping[str, Line], y_label: str) -> None:
-    """Lines over a logarithmic axis of tokens; ours is drawn thicker, the floor dashed."""
-    colors = colors_of(list(lines))
+    """Lines over a logarithmic axis of tokens; those without a point are left out."""
     for name, line in lines.items():
-        style: dict[str, Any] = {"marker": "o", "markersize": 3.5, "linewidth": 1.2}
-        if name == OURS:
-            style |= {"linewidth": 2.4, "zorder": 3}
-        elif name == FLOOR:
-            style |= {"linestyle": "--", "marker": ""}
-        axes.plot(list(line), list(line.values()), label=name, color=colors[name], **style)
+        if line:
+            axes.plot(list(line), list(line.values()), label=name, **style_of(name))
     label_tokens(axes, sorted({tokens for line in lines.values() for tokens in line}))
     axes.set_ylabel(y_label)
 
@@ -94,24 +129,37 @@ def label_tokens(axes: Any, tokens: Sequence[int]) -> None:
 
 
 def draw_roofline(
-    axes: Any, tflop_per_s: float, tb_per_s: float, points: Mapping[str, Mapping[str, tuple[float, float]]]
+    axes: Any,
+    tflop_per_s: float,
+    tb_per_s: float,
+    points: Mapping[str, Mapping[tuple[str, str], tuple[float, float]]],
 ) -> None:
     """The two roofs of a GPU and points below them.
 
-    `points`: by library, by label, (flop per byte of cache, TFLOP/s).
+    `points`: by library, by call (in two words, row and column), (flop per byte of cache, TFLOP/s). Libraries stand
+    beside each other, a little to the left and right of where they belong.
     """
-    everything = [point for labelled in points.values() for point in labelled.values()]
-    left = min(intensity for intensity, _ in everything) / 2
-    right = max(tflop_per_s / tb_per_s, *(intensity for intensity, _ in everything)) * 2
+    calls = {call: intensity for labelled in points.values() for call, (intensity, _) in labelled.items()}
     knee = tflop_per_s / tb_per_s
+    left, right = min(calls.values()) / 2, max(knee, *calls.values()) * 2
     axes.plot([left, knee, right], [left * tb_per_s, tflop_per_s, tflop_per_s], color="black", linewidth=1)
-    axes.annotate(f"{tb_per_s:g} TB/s", (left * 1.1, left * tb_per_s * 1.7), fontsize=8)
-    axes.annotate(f"{tflop_per_s:g} TFLOP/s", (knee, tflop_per_s * 1.08), fontsize=8)
-    colors = colors_of(list(points))
-    for name, labelled in points.items():
-        x, y = zip(*labelled.values())
-        axes.scatter(x, y, s=26 if name == OURS else 14, color=colors[name], label=name, zorder=3)
+    slope = (left * knee) ** 0.5
+    offset = {"xytext": (-6, 6), "textcoords": "offset points", "fontsize": 8, "ha": "right"}
+    axes.annotate(f"memory: {tb_per_s:g} TB/s", (slope, slope * tb_per_s), **offset)
+    axes.annotate(f"tensor cores: {tflop_per_s:g} TFLOP/s", (right, tflop_per_s), **offset)
+    for index, (name, labelled) in enumerate(points.items()):
+        shift = BESIDE ** (index - (len(points) - 1) / 2)
+        x, y = zip(*((intensity * shift, rate) for intensity, rate in labelled.values()))
+        axes.plot(x, y, label=name, **style_of(name) | {"linestyle": "", "markersize": 6})
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.set_ylim(bottom=axes.get_ylim()[0] / 2)  # room for what the points are
+    rows = list(dict.fromkeys(row for row, _ in calls))
+    place = {"textcoords": "offset points", "fontsize": 8, "color": PAPER_COLOR}
+    for (row, column), intensity in calls.items():
+        height = (0, 4 + 12 * rows.index(row))
+        axes.annotate(column, (intensity, 0), height, xycoords=("data", "axes fraction"), ha="center", **place)
+    for index, row in enumerate(rows):
+        axes.annotate(f"{row}:", (0, 0), (4, 4 + 12 * index), xycoords="axes fraction", **place)
     axes.set_xlabel("flop per byte of cache")
     axes.set_ylabel("TFLOP/s")

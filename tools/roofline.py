@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import pictures
-from bench import CACHE_DIM, LATENT_DIM, ROOT, TOKENS, Cell, all_cells, format_tokens, positive, print_table
+from bench import CACHE_DIM, LATENT_DIM, ROOT, TOKENS, Cell, all_cells, format_tokens, positive, print_table, sms_used
 
 from etap_rt.schedule import TILE_KEYS, divide, plan_grid
 
@@ -177,12 +177,12 @@ def measured_cells(results: Mapping[str, Any]) -> list[tuple[Cell, float]]:
 
 
 FITTED_GROUPS = ("lengths",)
-CHECKED_GROUPS = ("fp16", "heads", "queries", "mixed", "compute")
+CHECKED_GROUPS = ("fp16", "heads", "queries", "mixed", "sms", "compute")
 
 
 def check_model(gpu: Gpu, measured: Sequence[tuple[Cell, float]]) -> tuple[Fit, list[Comparison]]:
     """Fit the model to the cells of FITTED_GROUPS and hold all cells against it."""
-    works = [(cell, work_of(cell, gpu.sms), us) for cell, us in measured]
+    works = [(cell, work_of(cell, cell.sms or gpu.sms), us) for cell, us in measured]
     fit = fit_to(gpu, [(work, us) for cell, work, us in works if cell.group in FITTED_GROUPS])
     return fit, [
         Comparison(cell.name, cell.group, us, round(estimate(gpu, work, fit).us, 2)) for cell, work, us in works
@@ -236,7 +236,7 @@ def report(
         "heads": heads,
         "s_q": s_q,
         "rows_of_a_tile": rows,
-        "fit": {**asdict(fit), "to": f"{results['gpu']}, {results['date'][:10]}, groups {', '.join(FITTED_GROUPS)}"},
+        "fit": {**asdict(fit), "to": f"{results['gpu']}, {results['date'][:10]}, group {', '.join(FITTED_GROUPS)}"},
         "errors": {
             group: {"median": round(median, 4), "largest": round(largest, 4)}
             for group, (median, largest) in errors_by_group(comparisons).items()
@@ -332,9 +332,11 @@ def rate_rows(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def draw(contents: Mapping[str, Any], path: Path, measured: Sequence[tuple[Cell, float]]) -> None:
     """A panel for each GPU: bound and expected range by length; measurements where there are any."""
-    with pictures.figure(
-        path, "mla_decode by data sheet: bound and expected throughput", len(contents["gpus"])
-    ) as panels:
+    title = f"mla_decode by data sheet: bound and expected throughput, {contents['heads']} heads, s_q {contents['s_q']}"
+    about = f"model fitted to {contents['fit']['to']}; {error_of(contents)}; shaded: down to no overlap at all"
+    columns = min(2, len(contents["gpus"]))
+    rows = -(-len(contents["gpus"]) // columns)
+    with pictures.figure(path, title, about, rows, columns, height=3.6, width=5.2) as panels:
         for axes, (name, gpu) in zip(panels, contents["gpus"].items()):
             batches = sorted({entry["batch"] for entry in gpu["by_length"]})
             for color, batch in zip(pictures.OTHER_COLORS, batches):
@@ -352,10 +354,20 @@ def draw(contents: Mapping[str, Any], path: Path, measured: Sequence[tuple[Cell,
                     axes.plot(*zip(*points), "o", color=color, markersize=4, label=f"b={batch}, measured")
             if name == "H20":
                 pictures.draw_paper(axes)
-            axes.set_title(f"{name}: projection" if gpu["projection"] else name)
+            axes.set_title(
+                f"{name}: PROJECTION, nothing was measured" if gpu["projection"] else f"{name}: model and measurements"
+            )
             axes.set_ylabel("TFLOP/s")
             pictures.label_tokens(axes, TOKENS)
-            axes.legend()
+        for axes in panels[len(contents["gpus"]) :]:
+            axes.set_axis_off()
+
+
+def error_of(contents: Mapping[str, Any]) -> str:
+    """The model's error where it was fitted, in words."""
+    errors = [contents["errors"][group] for group in FITTED_GROUPS]
+    median, largest = max(e["median"] for e in errors), max((e["largest"] for e in errors), key=abs)
+    return f"its error there: median {median:.1%}, largest {largest:+.1%}"
 
 
 def points_of(measured: Sequence[tuple[Cell, float]], batch: int, heads: int) -> list[tuple[int, float]]:
@@ -387,6 +399,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw it there")
     options = parser.parse_args(arguments)
     results = json.loads(options.results.read_text())
+    if sms_used(results) < results["sms"]:
+        parser.error(f"{options.results} is about a part of a GPU's SMs")
     contents = report(gpus_of(parser, options), options.batch or [1, 16, 32], options.heads, options.s_q, results)
     print_report(contents)
     if options.json:

@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import importlib.util
 import json
 import re
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from etap_rt import UnsupportedError
+from tests.tool_modules import import_tool
 
-
-def import_bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench", ROOT / "tools" / "bench.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for it
-    path = list(sys.path)
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path[:] = path
-    return module
-
-
-bench = import_bench()
+bench = import_tool("bench")
 
 
 def results_of(us: float = 20.0, noise_us: float = 0.1, floor_us: float = 10.0) -> dict[str, Any]:
@@ -93,6 +80,101 @@ def test_heads_queries_and_mixed_lengths_are_measured() -> None:
     assert [cell.planned for cell in cells("host")] == [False, True]
     assert [cell.page_size for cell in cells("pages")] == [1, 16, 32]
     assert len(cells("compile")) == 1
+    (scarce,) = cells("sms")
+    assert (scarce.lengths, scarce.sms, str(scarce.target)) == ((16384,) * 16, 32, "1.30x")
+
+
+def test_ragged_queries_are_held_against_as_many_in_equal_parts() -> None:
+    (ragged,) = cells("ragged")
+    assert set(ragged.queries) == {1, 2, 4}
+    assert len(ragged.queries) == len(ragged.lengths)
+    assert sum(ragged.queries) == ragged.s_q * len(ragged.lengths)
+    assert ragged.baseline == "2 queries each"
+
+
+def test_every_cell_names_its_baseline() -> None:
+    named = {cell.group: cell.baseline for cell in bench.all_cells()}
+    assert named == {
+        **dict.fromkeys(("lengths", "fp16", "heads", "queries", "compute", "mixed", "sms", "graph"), "stream floor"),
+        "ragged": "2 queries each",
+        "pages": "page 64",
+        "write": "copy of as many bytes",
+        "host": "",
+        "compile": "",
+    }
+
+
+def test_on_a_part_of_the_sms_there_are_no_targets_of_the_whole() -> None:
+    part = bench.cells_on(48, bench.all_cells())
+    assert {cell.sms for cell in part} == {48}
+    assert {cell.target for cell in part} == {None}
+    assert not {"host", "compile", "sms"} & {cell.group for cell in part}
+
+
+class FakeTorch(SimpleNamespace):
+    """torch.cuda as far as streams go; notes what happened."""
+
+    def __init__(self) -> None:
+        super().__init__(cuda=self, events=[], stream_now=0)
+
+    def synchronize(self) -> None:
+        self.events.append("synchronize")
+
+    def ExternalStream(self, handle: int) -> int:
+        return handle
+
+    def current_stream(self) -> SimpleNamespace:
+        return SimpleNamespace(cuda_stream=self.stream_now)
+
+    @contextmanager
+    def stream(self, handle: int) -> Iterator[None]:
+        before, self.stream_now = self.stream_now, handle
+        yield
+        self.stream_now = before
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A bench without a GPU, whose streams on a part of the SMs have handles of 1000 + SMs; 30 SMs cannot be had."""
+
+    def stream_on(sms: int, device: int) -> int:
+        if sms == 30:
+            raise UnsupportedError("no 30 SMs", "a multiple of 8")
+        return 1000 + sms
+
+    monkeypatch.setattr(bench.green_context, "stream_on", stream_on)
+    monkeypatch.setattr(bench.driver, "sm_count", lambda device: 132)
+    monkeypatch.setattr(bench.driver, "encode_tensor_map", lambda *arguments: bytes(128))
+    fake = bench.Bench.__new__(bench.Bench)
+    fake.torch, fake.device, fake.sms, fake.part_streams = FakeTorch(), 0, 132, {}
+    fake.launches = []
+    fake.floor_kernel = SimpleNamespace(launch=lambda *arguments: fake.launches.append((arguments[0], arguments[3])))
+    return fake
+
+
+def test_the_floor_runs_on_the_same_sms_as_the_call(gpu: Any) -> None:
+    array = SimpleNamespace(data_ptr=lambda: 64, shape=(5, 64, 576))
+    pages = type("Pages", (), {"data_ptr": lambda self: 64, "__len__": lambda self: 5})()
+    problem = SimpleNamespace(page_order=pages, cache=array)
+    with gpu.on_sms(32):
+        gpu.floor_call(problem)()
+    gpu.floor_call(problem)()
+    with gpu.on_sms(0):
+        gpu.floor_call(problem)()
+    assert gpu.launches == [(32, 1032), (132, 0), (132, 0)]
+    assert gpu.torch.events == ["synchronize"] * 2  # on the way in and out of the part
+
+
+def test_an_error_on_a_part_of_the_sms_leaves_the_bench_as_it_was(gpu: Any) -> None:
+    with pytest.raises(ZeroDivisionError), gpu.on_sms(32):
+        _ = 1 / 0
+    assert gpu.sms == 132
+
+
+def test_cells_that_cannot_be_measured_are_named(gpu: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, good, bad = (bench.Cell("sms", "b=1", str(sms), None, sms=sms) for sms in (0, 32, 30))
+    assert gpu.possible([whole, good, bad]) == [whole, good]
+    assert "b=1, 30 is skipped: no 30 SMs; needed: a multiple of 8" in capsys.readouterr().err
 
 
 def test_cells_have_names_of_their_own_and_targets() -> None:
@@ -178,6 +260,13 @@ def test_markdown_has_every_cell_and_says_what_ran(tmp_path: Path, capsys: pytes
         assert cell.group in bench.TABLE_GROUPS or f"| {cell.name} | 20.0 |" in printed
     tables = re.findall(r"(?:^\|.*\n)+", printed, re.MULTILINE)
     assert [len({line.count("|") for line in table.splitlines()}) for table in tables] == [1, 1]
+
+
+def test_results_on_a_part_of_the_sms_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    part = results_of() | {"sms_used": 32}
+    assert bench.describe_run(part).startswith("NVIDIA H200 (32 of 132 SMs), driver")
+    assert compare(tmp_path, results_of(), part) == 0
+    assert "different machines" in capsys.readouterr().out
 
 
 def test_markdown_of_a_part_leaves_the_rest_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

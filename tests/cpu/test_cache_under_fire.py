@@ -585,7 +585,10 @@ def test_writers_that_are_killed_at_any_moment_leave_no_partial_file(
         if line != "ready":
             totals.update(dict(zip(("read", "missing", "written"), map(int, line.split()))))
     assert totals["read"] > 0
+    record_property("processes_started", killed + 16 + 1)
     record_property("processes_killed", killed + 16)
+    record_property("survivors", 1)
+    record_property("entries", len(disk_cache.cache_entries()))
     record_property("temporary_files_left_and_removed", left)
 
 
@@ -647,8 +650,10 @@ def test_sixteen_processes_compile_at_once_while_half_of_them_are_killed(
     compiler._compiled.clear()
     for spec in specs:
         assert hashlib.sha256(compiler.compile_spec(spec).cubin).hexdigest() == right[spec.entry]
-    record_property("processes", len(processes))
+    record_property("processes_started", len(processes))
     record_property("processes_killed", killed)
+    record_property("survivors", len(processes) - killed)
+    record_property("entries", len(disk_cache.cache_entries()))
     record_property("kernels_compiled", origins["False"])
     record_property("kernels_read", origins["True"])
     record_property("temporary_files_left_and_removed", assert_clean_for_a_later_process(cache))

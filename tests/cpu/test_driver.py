@@ -63,6 +63,8 @@ PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuLaunchKernel": (c_void_p, *(c_uint,) * 7, c_void_p, voidpp, voidpp),
     "cuLaunchKernelEx": (POINTER(LaunchConfig), c_void_p, voidpp, voidpp),
     "cuStreamGetCaptureInfo_v2": (c_void_p, intp, u64p, c_void_p, c_void_p, c_void_p),
+    "cuStreamGetGreenCtx": (c_void_p, voidpp),
+    "cuGreenCtxGetDevResource": (c_void_p, c_void_p, c_int),
     "cuThreadExchangeStreamCaptureMode": (intp,),
     "cuTensorMapEncodeTiled": (c_void_p, c_int, c_uint32, c_void_p, u64p, u64p, u32p, u32p, c_int, c_int, c_int, c_int),
     "cuMemAlloc_v2": (u64p, c_size_t),
@@ -81,6 +83,7 @@ class FakeCuda:
         self.fail: dict[str, list[int]] = {}
         self.contexts: list[int] = []
         self.capture = (0, 0)  # status, id
+        self.green = 0  # SMs of the streams' green context; 0 for none
         self.capture_mode = GLOBAL
         self.capability = (9, 0)
         self._callbacks = []
@@ -164,6 +167,14 @@ class FakeCuda:
         self.log.append(("capture info", stream, *unused))
         status[0], number[0] = self.capture
 
+    def _cuStreamGetGreenCtx(self, stream: int, context: Any) -> None:
+        self.log.append(("green context", stream, list(self.contexts)))
+        context[0] = CONTEXT if self.green else None
+
+    def _cuGreenCtxGetDevResource(self, context: int, resource: int, kind: int) -> None:
+        assert (context, kind) == (CONTEXT, 1)
+        c_uint.from_address(resource + 96).value = self.green  # of the 144 bytes of a CUdevResource
+
     def _cuMemAlloc(self, address: Any, size: int) -> None:
         self.log.append(("allocate", size, self.capture_mode, list(self.contexts)))
         address[0] = HANDLE
@@ -183,6 +194,7 @@ class Params(Structure):
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     fake = FakeCuda()
     cached = (driver._libcuda, driver._retained_context, driver.sm_count, driver.compute_capability)
+    cached += (driver._has_green_contexts,)
     for function in cached:
         function.cache_clear()
     monkeypatch.setattr(driver, "_open_library", lambda: fake)
@@ -324,6 +336,20 @@ def test_what_the_gpu_is(cuda: FakeCuda) -> None:
     assert driver.sm_count(0) == 132
     assert driver.compute_capability(0) == (9, 0)
     assert driver.format_version(driver.driver_version()) == "12.4"
+
+
+def test_a_stream_of_a_green_context_has_its_sms(cuda: FakeCuda) -> None:
+    assert driver.stream_sm_count(0, STREAM) == 132
+    cuda.green = 32
+    assert driver.stream_sm_count(0, STREAM) == 32
+    cuda.fail["cuStreamGetGreenCtx"] = [INVALID_CONTEXT]  # a thread that made no CUDA call yet
+    assert driver.stream_sm_count(0, STREAM) == 32
+    assert cuda.calls("green context") == [(STREAM, [])] * 2 + [(STREAM, [CONTEXT])]
+
+
+def test_a_driver_without_green_contexts_has_all_sms_on_every_stream(cuda: FakeCuda) -> None:
+    del cuda.cuStreamGetGreenCtx
+    assert driver.stream_sm_count(0, STREAM) == 132
 
 
 def test_without_a_driver_the_error_says_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

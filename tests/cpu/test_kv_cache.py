@@ -32,8 +32,9 @@ from tests.cache_model import (
     DecodingMachine,
     Library,
     add,
-    assert_decodes,
+    assert_forks_decode,
     assert_holds,
+    assert_tokens_come_back,
     bits,
     host,
     rows,
@@ -79,15 +80,7 @@ TestRandomWalkWithDecode.settings = settings(max_examples=12, stateful_step_coun
 @pytest.mark.parametrize("dtype", NUMPY_DTYPES)
 @pytest.mark.parametrize("page_size", [1, 2, 3, 16, 64, 100, 256])
 def test_tokens_come_back_whatever_the_page_size(library: Library, page_size: int, dtype: str) -> None:
-    cache = library.cache(700 // page_size + 4, page_size, dtype, **SMALL)
-    a, b = cache.new_sequence(), cache.new_sequence()
-    expected = {a: list(range(130)), b: list(range(200, 463))}
-    write_tokens(library, cache, cache.reserve([a, b], [130, 263]), expected[a] + expected[b])
-    for step in range(70):
-        write_tokens(library, cache, cache.reserve([b, a], [1, 2]), [1000 + step, 2000 + step, 3000 + step])
-        expected[b].append(1000 + step)
-        expected[a] += [2000 + step, 3000 + step]
-    assert_holds(cache, expected)
+    assert_tokens_come_back(library, page_size, dtype, **SMALL)
 
 
 def test_arrays_are_of_the_library_that_dtype_and_device_name(library: Library) -> None:
@@ -164,18 +157,7 @@ def test_page_0_is_a_page_like_any_other() -> None:
 
 
 def test_decode_reads_through_the_cache(library: Library) -> None:
-    cache = library.cache(12, 64, latent_dim=256)
-    a, b = cache.new_sequence(), cache.new_sequence()
-    tokens = {a: list(range(200)), b: list(range(500, 565))}
-    for name in (a, b):
-        add(library, cache, name, tokens[name])
-    c = cache.fork(a)
-    tokens[c] = tokens[a] + [900]
-    add(library, cache, c, [900])
-    add(library, cache, a, [901])
-    tokens[a] = tokens[a] + [901]
-    q = np.random.default_rng(0).standard_normal((3, 1, 4, 320), np.float32)
-    assert_decodes(library, cache, [c, b, a], [tokens[c], tokens[b], tokens[a]], q)
+    assert_forks_decode(library)
 
 
 # ---- Forks ----

@@ -5,9 +5,7 @@ CPU tensors pass for tensors on a GPU here; nothing is computed.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,31 +15,20 @@ from hypothesis import strategies as st
 import etap_rt
 from etap_rt import decode, driver, interop, workspace
 from etap_rt.decode import Params, divider
-from etap_rt.interop import Array, Layout
+from tests.fake_gpu import STREAM, Notes, pass_tensors_for_cuda
 
 torch = pytest.importorskip("torch")
 
 SMS = 132
-STREAM = 0x5EA
 SCALE = 192**-0.5
 
 
-class Notes:
-    """Launches, and the arguments of the tensor maps that were encoded."""
+class DecodeNotes(Notes):
+    """Also notes the arguments of the tensor maps that were encoded."""
 
     def __init__(self) -> None:
-        self.launches: list[tuple[int, int, int, int]] = []
-        self.params: list[Params] = []
+        super().__init__(Params)
         self.maps: list[tuple[Any, ...]] = []
-        self.early = 0  # launches that may overlap the one before
-
-    def launch(self, grid: int, block: int, shared_bytes: int, stream: int, params_address: int) -> None:
-        self.launches.append((grid, block, shared_bytes, stream))
-        self.params.append(Params.from_buffer_copy(ctypes.string_at(params_address, ctypes.sizeof(Params))))
-
-    def launch_early(self, *arguments: Any) -> None:
-        self.early += 1
-        self.launch(*arguments)
 
     def encode(self, *arguments: Any) -> bytes:
         self.maps.append(arguments)
@@ -49,22 +36,15 @@ class Notes:
 
 
 @pytest.fixture
-def notes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Notes]:
-    notes = Notes()
-    layouts: dict[Layout, Layout] = {}
-
-    def read_as_cuda(x: Any, name: str) -> Array:
-        array = interop._read_torch(x, name)
-        layout = layouts.setdefault(array.layout, replace(array.layout, device_type="cuda"))
-        return Array(layout, array.pointer, x)
-
-    monkeypatch.setitem(interop._readers, torch.Tensor, read_as_cuda)
-    monkeypatch.setattr(interop, "current_stream", lambda layout: STREAM)
+def notes(monkeypatch: pytest.MonkeyPatch) -> Iterator[DecodeNotes]:
+    notes = DecodeNotes()
+    pass_tensors_for_cuda(monkeypatch)
     monkeypatch.setattr(driver, "sm_count", lambda device: SMS)
+    monkeypatch.setattr(driver, "stream_sm_count", lambda device, stream: SMS)
     monkeypatch.setattr(driver, "capturing", lambda device, stream: 0)
     monkeypatch.setattr(driver, "allocate_zeroed", lambda device, size: 1 << 30)
     monkeypatch.setattr(driver, "encode_tensor_map", notes.encode)
-    monkeypatch.setattr(decode.compiler, "load", lambda spec, device: notes)
+    monkeypatch.setattr(decode.compiler, "load", notes.load)
     monkeypatch.setattr(decode, "_launches", {})
     monkeypatch.setattr(workspace, "_workspaces", {})
     monkeypatch.setattr(workspace, "_counters", {})
@@ -82,7 +62,7 @@ def arguments(batch: int = 2, s_q: int = 1, heads: int = 16, page_size: int = 64
     }
 
 
-def test_the_kernel_gets_the_addresses_of_this_call(notes: Notes) -> None:
+def test_the_kernel_gets_the_addresses_of_this_call(notes: DecodeNotes) -> None:
     call = arguments()
     out, lse = etap_rt.mla_decode(**call, return_lse=True)
     (params,) = notes.params
@@ -96,12 +76,23 @@ def test_the_kernel_gets_the_addresses_of_this_call(notes: Notes) -> None:
     assert notes.launches == [(SMS, decode.THREADS, decode.SHARED_BYTES, STREAM)]
 
 
-def test_nobody_wants_an_lse_that_was_not_asked_for(notes: Notes) -> None:
+def test_a_stream_on_a_part_of_the_sms_gets_a_grid_for_that_part(
+    notes: DecodeNotes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = arguments()
+    for sms in (SMS, 32, SMS):
+        monkeypatch.setattr(driver, "stream_sm_count", lambda device, stream, sms=sms: sms)
+        etap_rt.mla_decode(**call)
+    assert [grid for grid, *_ in notes.launches] == [SMS, 32, SMS]
+    assert [params.lanes for params in notes.params] == [SMS, 32, SMS]
+
+
+def test_nobody_wants_an_lse_that_was_not_asked_for(notes: DecodeNotes) -> None:
     etap_rt.mla_decode(**arguments())
     assert notes.params[0].lse == 0
 
 
-def test_strides_and_sizes_arrive(notes: Notes) -> None:
+def test_strides_and_sizes_arrive(notes: DecodeNotes) -> None:
     call = arguments(batch=3, s_q=2, heads=5)
     wide = torch.zeros(3, 2, 8, 1024, dtype=torch.bfloat16)
     etap_rt.mla_decode(**call, out=wide[:, :, :5, :512])
@@ -117,7 +108,7 @@ def test_strides_and_sizes_arrive(notes: Notes) -> None:
     ("page_size", "page_tiles", "tile_pages", "box"), [(1, 1, 64, 1), (16, 1, 4, 16), (64, 1, 1, 64), (192, 3, 1, 64)]
 )
 def test_pages_of_any_size_are_copied_in_boxes(
-    notes: Notes, page_size: int, page_tiles: int, tile_pages: int, box: int
+    notes: DecodeNotes, page_size: int, page_tiles: int, tile_pages: int, box: int
 ) -> None:
     call = arguments(page_size=page_size)
     etap_rt.mla_decode(**call)
@@ -131,7 +122,7 @@ def test_pages_of_any_size_are_copied_in_boxes(
     ]
 
 
-def test_tensor_maps_are_made_once_for_each_cache(notes: Notes) -> None:
+def test_tensor_maps_are_made_once_for_each_cache(notes: DecodeNotes) -> None:
     call = arguments()
     other = {**call, "kv_cache": call["kv_cache"].clone()}
     for each in (call, call, other, call):
@@ -143,12 +134,12 @@ def test_tensor_maps_are_made_once_for_each_cache(notes: Notes) -> None:
 
 
 @pytest.mark.parametrize(("offset", "expected"), [(0, 1), (8, 1), (1, 0)])
-def test_vector_loads_need_queries_on_16_bytes(notes: Notes, offset: int, expected: int) -> None:
+def test_vector_loads_need_queries_on_16_bytes(notes: DecodeNotes, offset: int, expected: int) -> None:
     etap_rt.mla_decode(**arguments(offset=offset))
     assert notes.params[0].q_vector_loads == expected
 
 
-def test_mask_and_scale_are_those_of_the_call(notes: Notes) -> None:
+def test_mask_and_scale_are_those_of_the_call(notes: DecodeNotes) -> None:
     call = arguments()
     etap_rt.mla_decode(**call, causal=False)
     etap_rt.mla_decode(**{**call, "softmax_scale": 0.5})
@@ -158,16 +149,17 @@ def test_mask_and_scale_are_those_of_the_call(notes: Notes) -> None:
 
 
 @pytest.mark.parametrize(("page_size", "gather"), [(1, 1), (2, 2), (4, 3), (8, 0), (64, 0)])
-def test_rows_of_the_smallest_pages_are_gathered(notes: Notes, page_size: int, gather: int) -> None:
+def test_rows_of_the_smallest_pages_are_gathered(notes: DecodeNotes, page_size: int, gather: int) -> None:
     call = arguments(page_size=page_size)
     etap_rt.mla_decode(**call)
     (params,) = notes.params
     assert params.gather == gather
     assert (params.k_latent, params.k_rope) == (call["kv_cache"].data_ptr(), call["kv_cache"].data_ptr() + 1024)
     assert list(params.k_strides) == list(params.k_rope_strides) == [page_size * 576, 576]
+    assert params.table_capacity == 4 * page_size
 
 
-def test_ragged_queries_and_page_lists_arrive(notes: Notes) -> None:
+def test_ragged_queries_and_page_lists_arrive(notes: DecodeNotes) -> None:
     call = arguments(batch=5)
     call["q"] = call["q"][:, 0]
     offsets = torch.tensor([0, 2, 5], dtype=torch.int32)
@@ -182,7 +174,7 @@ def test_ragged_queries_and_page_lists_arrive(notes: Notes) -> None:
         assert list(params.q_strides) == [0, 16 * 576, 576]
 
 
-def test_a_log_sum_exp_is_natural(notes: Notes) -> None:
+def test_a_log_sum_exp_is_natural(notes: DecodeNotes) -> None:
     etap_rt.mla_decode(**arguments(), return_lse=True)
     (params,) = notes.params
     assert (params.lse_factor, params.lse_no_key) == (pytest.approx(0.6931471805599453), float("-inf"))
@@ -190,7 +182,7 @@ def test_a_log_sum_exp_is_natural(notes: Notes) -> None:
 
 @pytest.mark.parametrize(("capture", "early"), [(0, 0), (7, 1)])
 def test_captured_launches_may_overlap_the_one_before(
-    notes: Notes, monkeypatch: pytest.MonkeyPatch, capture: int, early: int
+    notes: DecodeNotes, monkeypatch: pytest.MonkeyPatch, capture: int, early: int
 ) -> None:
     monkeypatch.setattr(driver, "capturing", lambda device, stream: capture)
     monkeypatch.setattr(interop, "empty", lambda layout, owner, shape, dtype: torch.empty(shape, dtype=torch.uint8))
@@ -199,20 +191,20 @@ def test_captured_launches_may_overlap_the_one_before(
     assert (len(notes.launches), notes.early) == (1, early)
 
 
-def test_128_heads_are_two_row_tiles_of_one_lane(notes: Notes) -> None:
+def test_128_heads_are_two_row_tiles_of_one_lane(notes: DecodeNotes) -> None:
     etap_rt.mla_decode(**arguments(heads=128))
     params = notes.params[0]
     assert (params.lanes, params.row_groups, params.passes) == (SMS // 2, 2, 1)
     assert notes.launches[0][0] == SMS
 
 
-def test_an_empty_batch_launches_nothing(notes: Notes) -> None:
+def test_an_empty_batch_launches_nothing(notes: DecodeNotes) -> None:
     call = arguments(batch=0)
     assert etap_rt.mla_decode(**call).shape == (0, 1, 16, 512)
     assert not notes.launches
 
 
-def test_a_plan_runs_other_queries_into_its_own_outputs(notes: Notes) -> None:
+def test_a_plan_runs_other_queries_into_its_own_outputs(notes: DecodeNotes) -> None:
     call = arguments()
     plan = etap_rt.plan_decode(**call, return_lse=True)
     assert not notes.launches
@@ -243,7 +235,7 @@ def test_a_plan_on_the_cpu_computes_what_a_call_computes() -> None:
     ],
     ids=["shape", "dtype", "split", "strides"],
 )
-def test_a_plan_refuses_queries_of_another_layout(notes: Notes, other: Any) -> None:
+def test_a_plan_refuses_queries_of_another_layout(notes: DecodeNotes, other: Any) -> None:
     call = arguments()
     plan = etap_rt.plan_decode(**call)
     with pytest.raises(etap_rt.ArgumentError, match=r"^q(\[0\])?: got .*planned"):

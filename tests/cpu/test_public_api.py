@@ -6,15 +6,20 @@ one minor version, with a DeprecationWarning that names the replacement.
 
 from __future__ import annotations
 
+import ast
+import functools
+import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import etap_rt
 
+ROOT = Path(__file__).parents[2]
 _DECODE = "(q, kv_cache, block_table, cache_seqlens, *, softmax_scale, causal=True, cu_seqlens_q=None, "
 _DECODE += "out=None, lse=None, return_lse=False)"
 API = {
@@ -68,6 +73,54 @@ API = {
         "(q, kv_cache, block_table, cache_seqlens, *, softmax_scale, causal=True, cu_seqlens_q=None, runs=2)"
     ),
 }
+_PARALLEL = _DECODE.replace("cu_seqlens_q=None, out=None, lse=None,", "newest_rank=None, cu_seqlens_q=None, @")
+_PARALLEL = _PARALLEL.replace("@", "group=None, scatter_heads=False,")
+# Modules that are public besides the package itself, and whether importing them needs torch.
+MODULES = {"compat.flash_mla": False, "compat.flashinfer": False, "parallel": False, "torch_op": True}
+API_OF_MODULES = {
+    "compat.flash_mla": {
+        "FlashMLASchedMeta": "class",
+        "FlashMLASchedMeta.Config": "class",
+        "FlashMLASchedMeta.__init__": (
+            "(self, have_initialized=False, config=None, tile_scheduler_metadata=None, num_splits=None)"
+        ),
+        "FlashMLASchedMeta.config": "attribute",
+        "FlashMLASchedMeta.have_initialized": "attribute",
+        "FlashMLASchedMeta.num_splits": "attribute",
+        "FlashMLASchedMeta.tile_scheduler_metadata": "attribute",
+        "flash_mla_with_kvcache": (
+            "(q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits=None, "
+            "softmax_scale=None, causal=False, is_fp8_kvcache=False, indices=None, attn_sink=None, "
+            "extra_k_cache=None, extra_indices_in_kvcache=None, topk_length=None, extra_topk_length=None, out=None, "
+            "*, descale_q=None, descale_k=None)"
+        ),
+        "get_mla_metadata": (
+            "(cache_seqlens=None, num_q_tokens_per_head_k=1, num_heads_k=1, num_heads_q=None, is_fp8_kvcache=False, "
+            "topk=None, *, num_heads_per_head_k=None)"
+        ),
+    },
+    "compat.flashinfer": {
+        "BatchMLAPagedAttentionWrapper": "class",
+        "BatchMLAPagedAttentionWrapper.__init__": (
+            "(self, float_workspace_buffer, use_cuda_graph=False, qo_indptr=None, kv_indptr=None, kv_indices=None, "
+            "kv_len_arr=None, backend='auto')"
+        ),
+        "BatchMLAPagedAttentionWrapper.plan": (
+            "(self, qo_indptr, kv_indptr, kv_indices, kv_len_arr, num_heads, head_dim_ckv, head_dim_kpe, page_size, "
+            "causal, sm_scale, q_data_type, kv_data_type, use_profiler=False)"
+        ),
+        "BatchMLAPagedAttentionWrapper.run": (
+            "(self, q_nope, q_pe, ckv_cache, kpe_cache, out=None, lse=None, return_lse=False, profiler_buffer=None, "
+            "kv_len=None, page_table=None, return_lse_base_on_e=False)"
+        ),
+    },
+    "parallel": {
+        "check_inputs": _PARALLEL,
+        "combine_states": "(out, lse, *, group=None, scatter_heads=False)",
+        "mla_decode": _PARALLEL,
+    },
+    "torch_op": {"mla_decode": _DECODE},
+}
 RESULTS = {
     "Batch": ("block_table", "cache_seqlens"),
     "CacheStats": ("total", "free", "used", "shared", "tokens", "bytes"),
@@ -84,10 +137,19 @@ ERROR = re.compile(r"\b[Rr]aises?\b")
 SAME_AS_DECODE = "`mla_decode`"
 
 
-def members() -> Iterator[tuple[str, Any]]:
+def module_named(name: str) -> Any:
+    """A public module of the package; the test is skipped if it needs what is not there."""
+    if MODULES.get(name):
+        pytest.importorskip("torch")
+    return importlib.import_module(f"etap_rt.{name}" if name else "etap_rt")
+
+
+def members(module_name: str = "") -> Iterator[tuple[str, Any]]:
     """Every public name with its object; public members of classes, made here and not inherited, by Class.member."""
-    for name in etap_rt.__all__:
-        found = getattr(etap_rt, name)
+    module = module_named(module_name)
+    own = [name for name, found in vars(module).items() if getattr(found, "__module__", "") == module.__name__]
+    for name in getattr(module, "__all__", [name for name in own if not name.startswith("_")]):
+        found = getattr(module, name)
         yield name, found
         if inspect.isclass(found):
             for member, value in vars(found).items():
@@ -118,12 +180,16 @@ def functions() -> list[Any]:
     ]
 
 
-def test_names_and_signatures_are_those_that_were_promised() -> None:
-    found = {name: describe(value) for name, value in members()}
-    changes = [f"missing: {name}: {API[name]}" for name in API.keys() - found.keys()]
-    changes += [f"new: {name!r}: {found[name]!r}," for name in found.keys() - API.keys()]
+@pytest.mark.parametrize("module", ["", *MODULES], ids=lambda name: name or "etap_rt")
+def test_names_and_signatures_are_those_that_were_promised(module: str) -> None:
+    promised = API_OF_MODULES.get(module, API)
+    found = {name: describe(value) for name, value in members(module)}
+    changes = [f"missing: {name}: {promised[name]}" for name in promised.keys() - found.keys()]
+    changes += [f"new: {name!r}: {found[name]!r}," for name in found.keys() - promised.keys()]
     changes += [
-        f"{n!r}: promised {API[n]!r}, found {found[n]!r}" for n in API.keys() & found.keys() if API[n] != found[n]
+        f"{n!r}: promised {promised[n]!r}, found {found[n]!r}"
+        for n in promised.keys() & found.keys()
+        if promised[n] != found[n]
     ]
     assert not changes, "\n".join(["the interface changed:", *sorted(changes)])
 
@@ -185,3 +251,47 @@ def test_errors_of_arguments_say_what_was_given_and_what_is_accepted() -> None:
         assert isinstance(raised, base) and isinstance(raised, etap_rt.EtapError)
         assert str(raised) == "q: got this, accepted is that"
         assert (raised.argument, raised.given, raised.accepted) == ("q", "this", "that")
+
+
+# ---- What README.md promises ----
+
+# A row of the table: a promise, and the tests that hold it.
+ROW = re.compile(r"^\| (?P<promise>[^|]+) \| (?P<tests>[^|]+) \|$", re.MULTILINE)
+FILE_OR_TEST = re.compile(r"(?P<file>(?:tests/(?:cpu|gpu)/)?test_\w+\.py)|`(?P<test>test_\w+)`")
+
+
+@functools.cache
+def names_in(path: Path) -> frozenset[str]:
+    """Names of the test functions of a file."""
+    tree = ast.parse(path.read_text())
+    return frozenset(node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+
+
+def promises() -> list[Any]:
+    text = (ROOT / "README.md").read_text()
+    section = text.partition("\n## What we promise\n")[2].partition("\n## ")[0]
+    rows = [row for row in ROW.finditer(section) if row["promise"].strip("-") and row["promise"] != "promise"]
+    assert rows, "README.md has no table of what is promised"
+    return [pytest.param(row["tests"], id=row["promise"]) for row in rows]
+
+
+def named_by(text: str) -> list[tuple[Path, str]]:
+    """Every test with the files that are named before it; a file without a folder is in the folder named last."""
+    found, files, folder, last = [], [], Path(), ""
+    for match in FILE_OR_TEST.finditer(text):
+        if match["file"]:
+            path = Path(match["file"])
+            folder = path.parent if path.parent.name else folder
+            files = [*files, folder / path.name] if last == "file" else [folder / path.name]
+        else:
+            found += [(file, match["test"]) for file in files]
+        last = match.lastgroup or ""
+    return found
+
+
+@pytest.mark.parametrize("row", promises())
+def test_the_test_that_holds_a_promise_is_there(row: str) -> None:
+    tests = named_by(row)
+    assert tests or row.startswith("the same: ")  # as the row above
+    missing = [f"{file}: {test}" for file, test in tests if test not in names_in(ROOT / file)]
+    assert not missing

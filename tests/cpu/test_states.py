@@ -10,17 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from etap_rt import interop, mla_decode, states
+from etap_rt import mla_decode, states
 from etap_rt.errors import ArgumentError, ArgumentTypeError
-from etap_rt.interop import Array, Layout
 from etap_rt.states import merge_states, merge_states_spec
 from tests.cache_model import host
 from tests.cases import BFLOAT16_ERROR, DEEPSEEK_SCALE, as_is, to_torch
+from tests.fake_gpu import STREAM, Notes, pass_tensors_for_cuda
 from tests.state_cases import DTYPES, STATE_CASES, StateCase, assert_merged, make_state, place
 
 torch: Any = pytest.importorskip("torch")
 
-STREAM = 0x5EA
 SMALL = StateCase("small", (2, 3, 4, 16))
 
 
@@ -160,37 +159,10 @@ def test_mistakes_are_named(name: str, make: Callable[[], Any], error: type[Exce
 # ---- The kernel ----
 
 
-class Notes:
-    """A kernel that only takes notes of its launches."""
-
-    def __init__(self) -> None:
-        self.specs: list[Any] = []
-        self.launches: list[tuple[int, int, int, int]] = []
-        self.params: list[states._Params] = []
-
-    def load(self, spec: Any, device: int) -> Notes:
-        self.specs.append(spec)
-        return self
-
-    def launch(self, grid: int, block: int, shared_bytes: int, stream: int, params_address: int) -> None:
-        self.launches.append((grid, block, shared_bytes, stream))
-        size = ctypes.sizeof(states._Params)
-        self.params.append(states._Params.from_buffer_copy(ctypes.string_at(params_address, size)))
-
-
 @pytest.fixture
 def notes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Notes]:
-    """CPU tensors pass for tensors on a GPU; nothing is computed."""
-    notes = Notes()
-    layouts: dict[Layout, Layout] = {}
-
-    def read_as_cuda(x: Any, name: str) -> Array:
-        array = interop._read_torch(x, name)
-        layout = layouts.setdefault(array.layout, replace(array.layout, device_type="cuda"))
-        return Array(layout, array.pointer, x)
-
-    monkeypatch.setitem(interop._readers, torch.Tensor, read_as_cuda)
-    monkeypatch.setattr(interop, "current_stream", lambda layout: STREAM)
+    notes = Notes(states._Params)
+    pass_tensors_for_cuda(monkeypatch)
     monkeypatch.setattr(states.compiler, "load", notes.load)
     monkeypatch.setattr(states, "_problems", {})
     yield notes

@@ -91,6 +91,26 @@ def test_a_table_a_file_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixt
     assert accuracy.main(["--from", str(output)]) == 0
 
 
+def test_markdown_has_a_line_for_the_lengths_that_the_readme_shows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "accuracy.json"
+    arguments = ["--device", "cpu", "--tokens", "512", "--tokens", "1024", "--batch", "1", "--dtype", "float16"]
+    assert accuracy.main([*arguments, "--json", str(output)]) == 0
+    capsys.readouterr()
+    assert accuracy.main(["--markdown", str(output)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("CPU backend, ")
+    assert lines[2] == "|  | parts | etap_rt |"
+    assert [line.partition(" | ")[0] for line in lines[4:]] == ["| float16, b=1, 512"]
+
+
+def test_lines_that_leave_the_scale_are_named() -> None:
+    assert accuracy.note_off_scale({"etap_rt": {512: 1.1}}) == ""
+    far = {"etap_rt": {512: 1.1}, "torch": {512: 4.26, 1024: 1.2}, "CuPy": {512: 3.0}}
+    assert accuracy.note_off_scale(far) == "off the scale: torch up to 4.3, CuPy up to 3.0"
+
+
 def test_the_better_peer_is_named() -> None:
     errors = {"etap_rt": {"rmse": 2.0}, "worse": {"rmse": 3.0}, "better": {"rmse": 1.0}}
     assert accuracy.worse_than_a_peer({"cases": {"one": {"errors": errors}}}) == ["one: better"]

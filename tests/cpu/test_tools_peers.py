@@ -169,6 +169,24 @@ def test_results_are_shown_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert sorted(path.name for path in pictures.iterdir()) == ["roofline.png", "share_of_floor.png", "throughput.png"]
 
 
+def test_markdown_has_the_fastest_bold_and_leaves_out_what_the_readme_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(results()))
+    assert peer_bench.main(["--markdown", str(tmp_path / "results.json")]) == 0
+    text = capsys.readouterr().out
+    assert "|  | etap_rt | FlashMLA | others / ours |" in text
+    assert "| b=16, 2K | **20.5** | 40.0 | 1.95 |" in text
+    assert "| b=16 16K, 32 SMs | **20.5** | 40.0 | 1.95 |" in text
+    assert "1K |" not in text and "float16" not in text and "CuPy" not in text
+
+
+def test_the_readme_shows_something_of_every_call_that_it_knows() -> None:
+    known = {(cell.group, cell.column) for cell in peer_bench.all_cells()}
+    assert {group for group, _ in known} == set(peer_bench.README_COLUMNS)
+    assert {(group, column) for group, columns in peer_bench.README_COLUMNS.items() for column in columns} <= known
+
+
 def test_without_a_gpu_nothing_is_measured(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def no_gpu() -> None:
         raise etap_rt.UnsupportedError("no GPU is visible", "a GPU")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from etap_rt import UnsupportedError
 from tests.tool_modules import ROOT, import_tool
 
 
@@ -96,6 +97,43 @@ def test_pictures_and_traces_are_written(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_broken_record_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(trace.RecordError, match=message):
         trace.read_record(record() | change)
+
+
+def test_a_call_is_recorded_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+    monkeypatch.setattr(trace, "take", lambda batch, tokens: asked.append((batch, tokens)) or record(sms=8))
+    output = tmp_path / "record.json"
+    assert trace.main(["--batch", "16", "--tokens", "4096", "--json", str(output)]) == 0
+    assert asked == [(16, 4096)]
+    assert json.loads(output.read_text()) == record(sms=8)
+    assert trace.main([str(output)]) == 0
+    assert "8 CTAs on 8 SMs" in capsys.readouterr().out
+
+
+def test_without_a_gpu_nothing_is_recorded(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_gpu() -> None:
+        raise UnsupportedError("no GPU is visible", "a GPU")
+
+    monkeypatch.setattr(import_tool("gpu_check"), "describe_machine", no_gpu)
+    assert trace.main(["--batch", "1", "--tokens", "64"]) == 2
+    assert "cannot measure here: no GPU is visible" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--batch", "1"],
+        ["a.json", "--batch", "1", "--tokens", "1"],
+        ["a.json", "--json", "b.json"],
+        ["a.json", "--batch", "1"],
+    ],
+)
+def test_either_a_record_or_a_call(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        trace.main(arguments)
 
 
 def test_a_file_that_is_no_record_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

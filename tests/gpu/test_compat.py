@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,13 +22,6 @@ if not torch.cuda.is_available():
 MOST_HOST_US = 5.0  # that the layers may add to a call of mla_decode
 MOST_GPU_TIME = 1.02  # of mla_decode's
 DV = flash_mla_cases.DV
-
-
-@pytest.fixture(autouse=True)
-def finished() -> Iterator[None]:
-    """Errors of the GPU belong to the test that caused them."""
-    yield
-    torch.cuda.synchronize()
 
 
 def cuda(tensors: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,10 @@ from tests.cases import (
     NUMPY_DTYPES,
     UNUSED_ENTRY,
     Case,
-    assert_close,
     make_inputs,
     prepared,
 )
+from tests.gpu_cases import assert_matches_float64, assert_same_bits, on_gpu, query, run, with_libraries
 
 torch: Any = pytest.importorskip("torch")
 if not torch.cuda.is_available():
@@ -59,41 +59,8 @@ SMALL_PAGES = tuple(Case(f"page-size-{size}", page_size=size) for size in (1, 2,
 CUPY_CASES = ("bf16", "fp16", "bf16-17-heads", "split-both-fp16-320", "strided", "strided-split", "all-empty")
 
 
-@pytest.fixture(autouse=True)
-def finished() -> Iterator[None]:
-    """Errors of the GPU belong to the test that caused them."""
-    yield
-    torch.cuda.synchronize()
-
-
-def on_gpu(case: Case) -> dict[str, Any]:
-    """Arguments of a case as torch tensors on the GPU."""
-    return make_inputs(case).on(TORCH_CUDA.array)
-
-
-def query(call: dict[str, Any]) -> Any:
-    """q, or the latent part of it."""
-    return call["q"][0] if isinstance(call["q"], tuple) else call["q"]
-
-
-def run(call: dict[str, Any], latent_dim: int = 512) -> tuple[Any, Any]:
-    """out and lse of a call with torch tensors, in memory that was full of NaN."""
-    q = query(call)
-    batch, s_q, heads, _ = q.shape
-    out = torch.full((batch, s_q, heads, latent_dim), torch.nan, dtype=q.dtype, device="cuda")
-    lse = torch.full((batch, heads, s_q), torch.nan, device="cuda")
-    mla_decode(**call, out=out, lse=lse)
-    return out, lse
-
-
 def as_bits(out: Any, lse: Any) -> tuple[NDArray[Any], NDArray[Any]]:
     return bits(out), host(lse).view(np.int32)
-
-
-def assert_same_bits(got: tuple[Any, Any], expected: tuple[Any, Any], about: str = "") -> None:
-    """Outputs of torch, bit by bit; compared on the GPU, on the current stream."""
-    for x, y, bit_type in zip(got, expected, (torch.int16, torch.int32)):
-        assert torch.equal(x.view(bit_type), y.view(bit_type)), about
 
 
 def sleep(milliseconds: float) -> None:
@@ -119,24 +86,9 @@ class OtherWork:
 # ---- Results ----
 
 
-def with_libraries() -> Iterator[Any]:
-    for case in (*SMALL_PAGES, *CASES):
-        yield pytest.param(case, TORCH_CUDA, id=f"{case}-torch")
-        if case.name in CUPY_CASES:
-            yield pytest.param(case, CUPY, id=f"{case}-cupy")
-
-
-@pytest.mark.parametrize(("case", "library"), with_libraries())
+@pytest.mark.parametrize(("case", "library"), with_libraries((*SMALL_PAGES, *CASES), CUPY_CASES))
 def test_decode_matches_float64(case: Case, library: Library) -> None:
-    inputs, exact_out, exact_lse = prepared(case)
-    call = inputs.on(library.array)
-    out = library.array(np.full(exact_out.shape, np.nan, NUMPY_DTYPES[case.dtype]))
-    lse = library.array(np.full(exact_lse.shape, np.nan, np.float32))
-
-    returned = mla_decode(**call, out=out, lse=lse, return_lse=True)
-
-    assert returned[0] is out and returned[1] is lse
-    assert_close(case, host(out), host(lse), exact_out, exact_lse)
+    assert_matches_float64(case, library)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -21,8 +21,9 @@ from tests.cache_model import (
     DecodingMachine,
     Library,
     add,
-    assert_decodes,
+    assert_forks_decode,
     assert_holds,
+    assert_tokens_come_back,
     bits,
     host,
     row_dims,
@@ -96,15 +97,7 @@ TestRandomWalkWithDecode.settings = settings(max_examples=5, stateful_step_count
 @pytest.mark.parametrize("dtype", NUMPY_DTYPES)
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 def test_tokens_come_back_whatever_the_page_size(library: Library, page_size: int, dtype: str, wide: bool) -> None:
-    cache = library.cache(700 // page_size + 4, page_size, dtype, **SMALL)
-    a, b = cache.new_sequence(), cache.new_sequence()
-    expected = {a: list(range(130)), b: list(range(200, 463))}
-    write_tokens(library, cache, cache.reserve([a, b], [130, 263]), expected[a] + expected[b], wide)
-    for step in range(70):
-        write_tokens(library, cache, cache.reserve([b, a], [1, 2]), [1000 + step, 2000 + step, 3000 + step], wide)
-        expected[b].append(1000 + step)
-        expected[a] += [2000 + step, 3000 + step]
-    assert_holds(cache, expected)
+    assert_tokens_come_back(library, page_size, dtype, wide, **SMALL)
 
 
 @pytest.mark.parametrize("dims", [(512, 64), (256, 64), (8, 8), (2552, 8)])
@@ -214,18 +207,7 @@ def test_all_layers_of_a_page_are_copied() -> None:
 
 
 def test_decode_reads_through_the_cache(library: Library) -> None:
-    cache = library.cache(12, 64, latent_dim=256)
-    a, b = cache.new_sequence(), cache.new_sequence()
-    tokens = {a: list(range(200)), b: list(range(500, 565))}
-    for name in (a, b):
-        add(library, cache, name, tokens[name])
-    c = cache.fork(a)
-    tokens[c] = [*tokens[a], 900]
-    add(library, cache, c, [900])
-    add(library, cache, a, [901])
-    tokens[a] = [*tokens[a], 901]
-    q = np.random.default_rng(0).standard_normal((3, 1, 4, 320), np.float32)
-    assert_decodes(library, cache, [c, b, a], [tokens[c], tokens[b], tokens[a]], q)
+    assert_forks_decode(library)
 
 
 # ---- Steps ----

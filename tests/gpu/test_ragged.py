@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,13 @@ from etap_rt.errors import ArgumentError
 from tests.cache_model import CUPY, TORCH_CUDA, Library, host
 from tests.cases import (
     DEEPSEEK_SCALE,
-    NUMPY_DTYPES,
     RAGGED_CASES,
     UNUSED_ENTRY,
     Case,
     assert_close,
-    make_inputs,
     prepared,
 )
+from tests.gpu_cases import assert_matches_float64, assert_same_bits, on_gpu, run, with_libraries
 
 torch: Any = pytest.importorskip("torch")
 if not torch.cuda.is_available():
@@ -41,58 +39,12 @@ DIVISIONS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def finished() -> Iterator[None]:
-    """Errors of the GPU belong to the test that caused them."""
-    yield
-    torch.cuda.synchronize()
-
-
-def on_gpu(case: Case) -> dict[str, Any]:
-    return make_inputs(case).on(TORCH_CUDA.array)
-
-
-def poisoned(call: dict[str, Any]) -> dict[str, Any]:
-    """Outputs of a ragged call with 576 dims, full of NaN."""
-    tokens, heads = call["q"].shape[:2]
-    return {
-        "out": torch.full((tokens, heads, 512), torch.nan, dtype=call["q"].dtype, device="cuda"),
-        "lse": torch.full((heads, tokens), torch.nan, device="cuda"),
-    }
-
-
-def run(call: dict[str, Any]) -> tuple[Any, Any]:
-    outputs = poisoned(call)
-    mla_decode(**call, **outputs)
-    return outputs["out"], outputs["lse"]
-
-
-def assert_same_bits(got: tuple[Any, Any], expected: tuple[Any, Any], about: str = "") -> None:
-    for x, y, bit_type in zip(got, expected, (torch.int16, torch.int32)):
-        assert torch.equal(x.view(bit_type), y.view(bit_type)), about
-
-
 # ---- Results ----
 
 
-def with_libraries() -> Iterator[Any]:
-    for case in RAGGED_CASES:
-        yield pytest.param(case, TORCH_CUDA, id=f"{case}-torch")
-        if case.name in CUPY_CASES:
-            yield pytest.param(case, CUPY, id=f"{case}-cupy")
-
-
-@pytest.mark.parametrize(("case", "library"), list(with_libraries()))
+@pytest.mark.parametrize(("case", "library"), with_libraries(RAGGED_CASES, CUPY_CASES))
 def test_decode_matches_float64(case: Case, library: Library) -> None:
-    inputs, exact_out, exact_lse = prepared(case)
-    call = inputs.on(library.array)
-    out = library.array(np.full(exact_out.shape, np.nan, NUMPY_DTYPES[case.dtype]))
-    lse = library.array(np.full(exact_lse.shape, np.nan, np.float32))
-
-    returned = mla_decode(**call, out=out, lse=lse, return_lse=True)
-
-    assert returned[0] is out and returned[1] is lse
-    assert_close(case, host(out), host(lse), exact_out, exact_lse)
+    assert_matches_float64(case, library)
 
 
 @pytest.mark.parametrize("library", [TORCH_CUDA, CUPY], ids=str)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -27,13 +26,6 @@ mla_layer: Any = import_tool("mla_layer")
 OPERATORS = torch.ops.etap_rt
 HIDDEN, HEADS = 256, 16
 BUSY_CYCLES = 20_000_000  # some 10 ms
-
-
-@pytest.fixture(autouse=True)
-def finished() -> Iterator[None]:
-    """Errors of the GPU belong to the test that caused them."""
-    yield
-    torch.cuda.synchronize()
 
 
 def assert_same(got: tuple[Any, Any], expected: tuple[Any, Any]) -> None:

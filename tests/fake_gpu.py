@@ -1,0 +1,54 @@
+"""A GPU that only takes notes: CPU tensors of torch pass for tensors on it, and nothing is computed."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from etap_rt import interop
+from etap_rt.interop import Array, Layout
+
+torch: Any = pytest.importorskip("torch")
+
+STREAM = 0x5EA
+
+
+class Notes:
+    """A kernel that notes its launches: (grid, block, shared bytes, stream), and copies of the parameter."""
+
+    def __init__(self, params_type: type[ctypes.Structure]) -> None:
+        self.params_type = params_type
+        self.specs: list[Any] = []  # of the kernels that were asked for
+        self.launches: list[tuple[int, int, int, int]] = []
+        self.params: list[Any] = []
+        self.early = 0  # launches that may overlap the one before
+
+    def load(self, spec: Any, device: int) -> Notes:
+        """In place of `compiler.load`."""
+        self.specs.append(spec)
+        return self
+
+    def launch(self, grid: int, block: int, shared_bytes: int, stream: int, params_address: int) -> None:
+        self.launches.append((grid, block, shared_bytes, stream))
+        size = ctypes.sizeof(self.params_type)
+        self.params.append(self.params_type.from_buffer_copy(ctypes.string_at(params_address, size)))
+
+    def launch_early(self, *arguments: Any) -> None:
+        self.early += 1
+        self.launch(*arguments)
+
+
+def pass_tensors_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the test ends, CPU tensors of torch are read as if they were on CUDA device 0, with STREAM current."""
+    layouts: dict[Layout, Layout] = {}
+
+    def read_as_cuda(x: Any, name: str) -> Array:
+        array = interop._read_torch(x, name)
+        layout = layouts.setdefault(array.layout, replace(array.layout, device_type="cuda"))
+        return Array(layout, array.pointer, x)
+
+    monkeypatch.setitem(interop._readers, torch.Tensor, read_as_cuda)
+    monkeypatch.setattr(interop, "current_stream", lambda layout: STREAM)

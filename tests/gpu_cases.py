@@ -1,0 +1,65 @@
+"""What several modules of GPU tests do with a case: its arguments on the GPU, its outputs, and how those compare."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from etap_rt import mla_decode
+from tests.cache_model import CUPY, TORCH_CUDA, Library, host
+from tests.cases import NUMPY_DTYPES, Case, assert_close, make_inputs, prepared
+
+torch: Any = pytest.importorskip("torch")
+
+
+def on_gpu(case: Case) -> dict[str, Any]:
+    """Arguments of a case as torch tensors on the GPU."""
+    return make_inputs(case).on(TORCH_CUDA.array)
+
+
+def query(call: dict[str, Any]) -> Any:
+    """q, or the latent part of it."""
+    return call["q"][0] if isinstance(call["q"], tuple) else call["q"]
+
+
+def run(call: dict[str, Any], latent_dim: int = 512) -> tuple[Any, Any]:
+    """out and lse of a call with torch tensors, in memory that was full of NaN."""
+    q = query(call)
+    *tokens, heads, _ = q.shape
+    lse_shape = (heads, *tokens) if "cu_seqlens_q" in call else (tokens[0], heads, tokens[1])
+    out = torch.full((*tokens, heads, latent_dim), torch.nan, dtype=q.dtype, device="cuda")
+    lse = torch.full(lse_shape, torch.nan, device="cuda")
+    mla_decode(**call, out=out, lse=lse)
+    return out, lse
+
+
+def assert_same_bits(got: tuple[Any, Any], expected: tuple[Any, Any], about: str = "") -> None:
+    """Outputs of torch, bit by bit; compared on the GPU, on the current stream."""
+    for x, y, bit_type in zip(got, expected, (torch.int16, torch.int32)):
+        assert torch.equal(x.view(bit_type), y.view(bit_type)), about
+
+
+def with_libraries(cases: Iterable[Case], with_cupy: Collection[str]) -> list[Any]:
+    """Parameters (case, library): every case with torch, those that are named with CuPy too."""
+    parameters = []
+    for case in cases:
+        parameters.append(pytest.param(case, TORCH_CUDA, id=f"{case}-torch"))
+        if case.name in with_cupy:
+            parameters.append(pytest.param(case, CUPY, id=f"{case}-cupy"))
+    return parameters
+
+
+def assert_matches_float64(case: Case, library: Library) -> None:
+    """A case in outputs of the caller, which were full of NaN and are what is returned."""
+    inputs, exact_out, exact_lse = prepared(case)
+    call = inputs.on(library.array)
+    out = library.array(np.full(exact_out.shape, np.nan, NUMPY_DTYPES[case.dtype]))
+    lse = library.array(np.full(exact_lse.shape, np.nan, np.float32))
+
+    returned = mla_decode(**call, out=out, lse=lse, return_lse=True)
+
+    assert returned[0] is out and returned[1] is lse
+    assert_close(case, host(out), host(lse), exact_out, exact_lse)
