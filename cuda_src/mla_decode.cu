@@ -14,16 +14,15 @@
 // Shared memory               written by                read by               between them
 //   ring[slot]                producer                  wgmma                 chunk_full (bytes, or lanes of the producing
 //                                                                             warp), chunk_empty (4 warps)
-//   q                         warpgroup 0               wgmma                 q_full (128 threads), q_empty (everyone below)
+//   q                         warpgroup 0               wgmma                 CONSUMER_BARRIER, SEGMENT_BARRIER
 //   p[w]                      warpgroup w               wgmma of both         p_full[w] (7 threads); free again because w
 //                                                                             waits for the other's next P^T first
 //   reference, factor[w],     warpgroup w               both                  p_full[w]
 //   rescale[w]
-//   sums (where q was)        both warpgroups           both, coordinator     sums_full (256 threads), q_empty (256 threads
-//                                                                             and the coordinator's 32)
+//   sums (where q was)        both warpgroups           both, coordinator     SEGMENT_BARRIER
 //   start                     coordinator               everyone              __syncthreads
 //   shared_units, arrivals    coordinator               both                  unit_known, met (the coordinator's first lane)
-//   shares (ring)             both warpgroups           both                  shares_full (256 threads), part_done
+//   shares (ring)             both warpgroups           both                  CONSUMER_BARRIER
 //
 // Constants: IS_BF16, LATENT_DIM, ROPE_DIM, ROWS of a row tile, and GENERAL, without which there are no ragged queries, no
 // page lists and no pages smaller than a tile: a launch fetches all its instructions anew, some 60 cycles for eight of them.
@@ -66,6 +65,7 @@ constexpr int PRODUCER_REGISTERS = ROWS <= 32 ? 56 : 40;
 constexpr int CONSUMER_REGISTERS = ROWS <= 32 ? 224 : 232;
 constexpr int WARPGROUP_BARRIER = 1;  // named barrier of one warpgroup: + its number
 constexpr int CONSUMER_BARRIER = 3;   // of both
+constexpr int SEGMENT_BARRIER = 4;    // of both and the coordinator: when a segment ends and before the next one begins
 
 // P may exceed 1 by this many powers of two before the columns are rescaled. Not in fp16, which is for accuracy: the heaviest
 // weight is then exactly 1, without a rounding error (rmse, 16 requests of 4K: 1.07 times that of rounding the result; with
@@ -319,15 +319,12 @@ struct SharedUnit {
 
 constexpr int SHARED_LIMIT = 232448;
 constexpr int FIXED_BYTES =
-    TILE_CHUNKS * Q_CHUNK_BYTES + 2 * P_BYTES + sizeof(Statistics) + sizeof(Start) + 2 * sizeof(SharedUnit) + 15 * 8;
+    TILE_CHUNKS * Q_CHUNK_BYTES + 2 * P_BYTES + sizeof(Statistics) + sizeof(Start) + 2 * sizeof(SharedUnit) + 7 * 8;
 constexpr int SLOTS = (SHARED_LIMIT - FIXED_BYTES) / (CHUNK_BYTES + 2 * 8);
 // Chunks of its next tile that a warpgroup multiplies before it turns to the tile in between: products for the time of the
 // other's softmax, but with 64 rows the tile in between holds half of the ring and should not wait for the last of them.
-// Measured, 64 heads, 128 requests of 4K: 168 us with 6, 176 with 9; 128 heads, 8K: 597 and 583.
-constexpr int SPLIT_CHUNKS = ROWS <= 32 ? TILE_CHUNKS : TILE_CHUNKS - TILE_CHUNKS / 3;
-// Whether each chunk goes back to the producer as soon as its own products with P end, rather than with the others of the
-// tile. Measured, 128 requests of 4K: 176 us with, 184 without for 64 heads; no gain for 16.
-constexpr bool EARLY_RELEASE = ROWS > 16;
+// Measured with 9, 6, 5, 3 chunks: 64 heads, 128 requests of 4K, 167, 161, 159, 158 us; 128 heads, 8K, 562, 542, 534, 542.
+constexpr int SPLIT_CHUNKS = ROWS <= 32 ? TILE_CHUNKS : (TILE_CHUNKS + 1) / 2;
 static_assert(SLOTS >= 2 * TILE_CHUNKS - ROPE_CHUNKS, "two tiles have to fit, less what is free after the scores");
 
 struct Shared {
@@ -338,10 +335,6 @@ struct Shared {
     u64 chunk_empty[SLOTS];
     u64 p_full[2];
     u64 unit_known[2], met[2];
-    u64 q_full, q_empty;
-    u64 sums_full;
-    u64 shares_full;
-    u64 part_done[2];
     Start start;
     SharedUnit shared_units[2];
     u32 arrivals[2];  // of the shared units, as the coordinator saw them last
@@ -376,13 +369,6 @@ __device__ __forceinline__ void init_barriers(const Params& p, Shared& s, int wa
         mbarrier_init(shared_address(&s.p_full[w]), 4 + 3);
         mbarrier_init(shared_address(&s.unit_known[w]), 1);
         mbarrier_init(shared_address(&s.met[w]), 1);
-        mbarrier_init(shared_address(&s.part_done[w]), CONSUMERS);
-    }
-    if (warp == COORDINATOR_WARP) {
-        mbarrier_init(shared_address(&s.q_full), WARPGROUP);
-        mbarrier_init(shared_address(&s.q_empty), CONSUMERS + 32);
-        mbarrier_init(shared_address(&s.sums_full), CONSUMERS);
-        mbarrier_init(shared_address(&s.shares_full), CONSUMERS);
     }
     mbarrier_init_fence();
 }
@@ -443,8 +429,10 @@ __device__ __forceinline__ void prefetch_inputs(const Params& p, int lane, int r
         tma_prefetch_map(&p.latent_map);
         tma_prefetch_map(&p.rope_map);
         prefetch_l2(counter_of(p, lane, row_group));
-        prefetch_l2(p.partials + partial_slot(p, lane, false, row_group) * (MERGE_PIECES * 32));
     }
+    // A line of each 2 MiB of the partial results, for the translation of addresses.
+    constexpr int STRIDE = (2 << 20) / sizeof(float4);
+    if (l * STRIDE < p.lanes * 2 * p.row_groups * MERGE_PIECES * 32) prefetch_l2(p.partials + l * STRIDE);
 }
 
 // ---------------------------------------------------------------------------------------------- producer
@@ -576,8 +564,10 @@ struct Consumer {
     // Column of element e of a column group that this thread holds.
     __device__ __forceinline__ int column(int group, int e) const { return group * 8 + lane % 4 * 2 + e % 2; }
 
-    // This warpgroup's b-th block of latent dims.
-    __device__ __forceinline__ int own_chunk(int b) const { return ROPE_CHUNKS + warpgroup * OWN_BLOCKS + b; }
+    // This warpgroup's b-th block of latent dims: in turns, so that chunks are done with in the order in which the ring
+    // brings new ones.
+    __device__ __forceinline__ int own_block(int b) const { return 2 * b + warpgroup; }
+    __device__ __forceinline__ int own_chunk(int b) const { return ROPE_CHUNKS + own_block(b); }
 
     __device__ __forceinline__ void release(const Place& place) {
         if (lane == 0) mbarrier_arrive(shared_address(&s.chunk_empty[place.slot]));
@@ -636,16 +626,11 @@ struct Consumer {
             for (int step = 0; step < TILE_KEYS / 16; ++step)
                 wgmma<ROWS, IS_BF16, true>(o[b], v + step * M_MAJOR_STEP, weights + step * K_MAJOR_STEP,
                                            step > 0 || tile > 0);
-            if (EARLY_RELEASE || b == OWN_BLOCKS - 1) wgmma_commit();
+            wgmma_commit();
         }
-        auto release_block = [&](int b) { release(here.ahead(own_chunk(b))); };
-        if constexpr (EARLY_RELEASE) {
-            wgmma_wait_each<OWN_BLOCKS - 1>(release_block);
-        } else {
-            wgmma_wait<0>();
-#pragma unroll
-            for (int b = 0; b < OWN_BLOCKS; ++b) release_block(b);
-        }
+        // Each chunk goes back to the producer as soon as its own products end, rather than with the others of the tile.
+        // Measured: 128 requests of 4K, 64 heads, 176 us with, 184 without; 32 SMs, 16 requests of 16K, 156 and 161.
+        wgmma_wait_each<OWN_BLOCKS - 1>([&](int b) { release(here.ahead(own_chunk(b))); });
         pin_output();
     }
 
@@ -749,10 +734,8 @@ struct Consumer {
     }
 
     // Softmax of a finished S^T, published as P^T. No product may be running.
-    __device__ __forceinline__ void publish_weights(int tile, int first_key, int seqlen, const RowTile& rows) {
-        // Keys that the rows see: of the first row, which sees the fewest.
-        const int limit = p.causal ? seqlen - rows.queries + 1 + p.by_heads(rows.first) : seqlen;
-        if (first_key + TILE_KEYS > min(limit, seqlen)) {
+    __device__ __forceinline__ void publish_weights(int tile, int first_key, int seqlen, int seen_by_all, const RowTile& rows) {
+        if (first_key + TILE_KEYS > seen_by_all) {
             const int key = first_key + warp * 16 + lane / 4;
 #pragma unroll
             for (int g = 0; g < COLUMN_GROUPS; ++g)
@@ -767,11 +750,13 @@ struct Consumer {
         load_reference(m);
         bool excess = tile == 0;
         if (tile > 0) {
+            float growth[2] = {NEG_INF, NEG_INF};
 #pragma unroll
             for (int g = 0; g < COLUMN_GROUPS; ++g) {
-                excess |= fmaf(fmaxf(x[g * 4], x[g * 4 + 2]), p.scale_log2, -m[g].x) > GROWTH_LOG2;
-                excess |= fmaf(fmaxf(x[g * 4 + 1], x[g * 4 + 3]), p.scale_log2, -m[g].y) > GROWTH_LOG2;
+                growth[0] = fmaxf(growth[0], fmaf(fmaxf(x[g * 4], x[g * 4 + 2]), p.scale_log2, -m[g].x));
+                growth[1] = fmaxf(growth[1], fmaf(fmaxf(x[g * 4 + 1], x[g * 4 + 3]), p.scale_log2, -m[g].y));
             }
+            excess = fmaxf(growth[0], growth[1]) > GROWTH_LOG2;
             excess = warpgroup == 0 ? named_barrier_any<WARPGROUP_BARRIER, WARPGROUP>(excess)
                                     : named_barrier_any<WARPGROUP_BARRIER + 1, WARPGROUP>(excess);
         }
@@ -814,6 +799,9 @@ struct Consumer {
     __device__ __forceinline__ void run_tiles(const Walk& walk, const RowTile& rows) {
         const int tiles = walk.key_tiles();
         const int tail = walk.ends() ? walk.seqlen - (walk.unit_tiles - 1) * TILE_KEYS : TILE_KEYS;  // keys of the last
+        // The first row sees the fewest keys.
+        const int seen_by_all =
+            p.causal ? min(walk.seqlen, walk.seqlen - rows.queries + 1 + p.by_heads(rows.first)) : walk.seqlen;
         if (warpgroup == 0) multiply_scores(here, 0, SPLIT_CHUNKS);
 #pragma unroll 1
         for (int i = 0; i < tiles; ++i) {
@@ -821,7 +809,7 @@ struct Consumer {
                 multiply_scores(here, SPLIT_CHUNKS, TILE_CHUNKS);
 #pragma unroll
                 for (int j = 0; j < ROPE_CHUNKS; ++j) release(here.ahead(j));
-                publish_weights(i, (walk.tile_begin + i) * TILE_KEYS, walk.seqlen, rows);
+                publish_weights(i, (walk.tile_begin + i) * TILE_KEYS, walk.seqlen, seen_by_all, rows);
             } else if (i + 1 < tiles) {
                 // Runs while the other warpgroup takes the softmax of tile i.
                 multiply_scores(here.ahead(TILE_CHUNKS), 0, SPLIT_CHUNKS);
@@ -871,7 +859,6 @@ struct Consumer {
         }
         copy_wait_all();
         fence_async_proxy();
-        mbarrier_arrive(shared_address(&s.q_full));
     }
 };
 
@@ -916,22 +903,24 @@ __device__ __forceinline__ float column_sum(const ColumnSums& sums, int column) 
 
 __device__ __forceinline__ float inverse(float sum) { return sum == 0.0f ? 0.0f : __fdividef(1.0f, sum); }
 
+__device__ __forceinline__ void segment_barrier() { named_barrier<SEGMENT_BARRIER, CONSUMERS + 32>(); }
+
 // Ends a segment: O^T goes out as a partial result, or as the result once the sums of all warps have come together.
-__device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, const RowTile& rows, int lane, int row_group,
-                                               u32 phase) {
+__device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, const RowTile& rows, int lane,
+                                               int row_group) {
     const Params& p = c.p;
     Shared& s = c.s;
     const bool whole = walk.whole();
     if (!whole) {
         const int slot = partial_slot(p, lane, walk.starts(), row_group);
-        float4* target = p.partials + (slot * MERGE_PIECES + c.warpgroup * OWN_BLOCKS * 4 + c.warp) * 32 + c.lane;
+        float4* target = p.partials + (slot * MERGE_PIECES + c.warp) * 32 + c.lane;
 #pragma unroll
         for (int g = 0; g < COLUMN_GROUPS; ++g)
             if (g * 8 < rows.count) {
 #pragma unroll
                 for (int b = 0; b < OWN_BLOCKS; ++b) {
                     const float* v = &c.o[b][g * 4];
-                    target[(g * GROUP_PIECES + b * 4) * 32] = make_float4(v[0], v[1], v[2], v[3]);
+                    target[(g * GROUP_PIECES + c.own_block(b) * 4) * 32] = make_float4(v[0], v[1], v[2], v[3]);
                 }
             }
     }
@@ -948,21 +937,19 @@ __device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, co
 #pragma unroll
             for (int e = 0; e < 2; ++e) reinterpret_cast<float*>(sums[c.column(g, e)])[threadIdx.x / 32] = c.sums[g][e];
     }
-    mbarrier_arrive(shared_address(&s.sums_full));
+    segment_barrier();
     if (whole) {
-        mbarrier_wait(shared_address(&s.sums_full), phase);
 #pragma unroll
         for (int g = 0; g < COLUMN_GROUPS; ++g) {
             const float even = inverse(column_sum(sums, c.column(g, 0))), odd = inverse(column_sum(sums, c.column(g, 1)));
 #pragma unroll
             for (int b = 0; b < OWN_BLOCKS; ++b)
-                store_outputs(p, walk.request, rows, g, (c.warpgroup * OWN_BLOCKS + b) * CHUNK_DIMS + c.warp * 16,
+                store_outputs(p, walk.request, rows, g, c.own_block(b) * CHUNK_DIMS + c.warp * 16,
                               &c.o[b][g * 4], even, odd);
         }
         if (threadIdx.x < ROWS)
             store_lse(p, walk.request, rows, threadIdx.x, s.statistics.reference[threadIdx.x], column_sum(sums, threadIdx.x));
     }
-    mbarrier_arrive(shared_address(&s.q_empty));
 }
 
 // ---------------------------------------------------------------------------------------------- merge
@@ -1049,10 +1036,11 @@ __device__ __forceinline__ void merge_members(const Params& p, const SharedUnit&
 
 // The part of a shared unit that falls to member `member`: pieces member, member + members, ... of the unit's
 // (column group, block, warp) pieces. With few pieces several warps divide the members of one among them. Calls `ready` once
-// before the first partial result is read, and goes on if it returns true.
+// before the first partial result is read, and goes on if it returns true; before that it may rehearse: go through the
+// first piece without anything to add or store, to have the instructions fetched.
 template <typename Ready>
 __device__ __forceinline__ void merge_part(const Params& p, Shared& s, const SharedUnit& unit, int index, int row_group,
-                                           int member, u32& shares_phase, const Ready& ready) {
+                                           int member, bool rehearse, const Ready& ready) {
     const int members = unit.members;
     const RowTile rows = row_tile_of(p, unit.request, unit.pass, row_group);
     const int pieces = (rows.count + 7) / 8 * GROUP_PIECES;  // of columns that exist
@@ -1061,27 +1049,19 @@ __device__ __forceinline__ void merge_part(const Params& p, Shared& s, const Sha
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int helper = warp % helpers;
     const int from = members * helper >> share_log2, to = members * (helper + 1) >> share_log2;
-    // The ring is idle: its first slots carry the helpers' shares.
-    Merged(*shares)[32] = reinterpret_cast<Merged(*)[32]>(s.ring[index]);
-    bool rehearsal = true;  // goes through the first piece without anything to add, to have the instructions fetched
+    bool rehearsal = rehearse && member < pieces;
+    if (!rehearsal && !ready()) return;
 #pragma unroll 1
     for (int first = member; first < pieces;) {
         const int piece = first + (warp >> share_log2) * members;
         const int group = piece / GROUP_PIECES, block = piece / 4 % LATENT_CHUNKS, row_warp = piece % 4;
-        Merged m;
-#pragma unroll 1
-        while (true) {
-            m = {{0, 0, 0, 0}, {NEG_INF, NEG_INF}, {0, 0}};
-            if (piece < pieces) merge_members(p, unit, row_group, piece, from, rehearsal ? from : to, m);
-            if (!rehearsal) break;
-            rehearsal = false;
-            if (!ready()) return;
-        }
+        Merged m = {{0, 0, 0, 0}, {NEG_INF, NEG_INF}, {0, 0}};
+        if (piece < pieces) merge_members(p, unit, row_group, piece, from, rehearsal ? from : to, m);
         if (helpers > 1) {
+            // The ring is idle: its first slots carry the helpers' shares.
+            Merged(*shares)[32] = reinterpret_cast<Merged(*)[32]>(s.ring[index * 2 + rehearsal]);
             shares[warp][lane] = m;
-            mbarrier_arrive(shared_address(&s.shares_full));
-            mbarrier_wait(shared_address(&s.shares_full), shares_phase);
-            shares_phase ^= 1;
+            named_barrier<CONSUMER_BARRIER, CONSUMERS>();
             if (helper == 0)
 #pragma unroll 1
                 for (int h = 1; h < helpers; ++h) {
@@ -1098,15 +1078,21 @@ __device__ __forceinline__ void merge_part(const Params& p, Shared& s, const Sha
                 }
         }
         if (helper == 0 && piece < pieces) {
-            store_outputs(p, unit.request, rows, group, block * CHUNK_DIMS + row_warp * 16, m.v, inverse(m.sum[0]),
+            RowTile stored = rows;
+            if (rehearsal) stored.count = 0;
+            store_outputs(p, unit.request, stored, group, block * CHUNK_DIMS + row_warp * 16, m.v, inverse(m.sum[0]),
                           inverse(m.sum[1]));
             if (block == 0 && row_warp == 0 && lane < 4)
                 for (int e = 0; e < 2; ++e)
-                    store_lse(p, unit.request, rows, group * 8 + lane * 2 + e, m.reference[e], m.sum[e]);
+                    store_lse(p, unit.request, stored, group * 8 + lane * 2 + e, m.reference[e], m.sum[e]);
         }
-        first += (CONSUMER_WARPS >> share_log2) * members;
+        if (!rehearsal) {
+            first += (CONSUMER_WARPS >> share_log2) * members;
+        } else {
+            rehearsal = false;
+            if (!ready()) return;
+        }
     }
-    if (rehearsal) ready();  // nothing falls to this member
 }
 
 // Low half of the arrival word: members that have left their partial result. High half: members that gave up waiting.
@@ -1130,12 +1116,11 @@ __device__ __forceinline__ bool all_arrived(u32 arrivals, const SharedUnit& unit
 // After a CTA's own segments everybody merges its part of a shared unit as soon as all members have arrived. A member that
 // waits too long (the others may not even be running, when something else occupies their SMs) leaves its part to those who
 // see the arrivals complete. The last to arrive always does, so whatever else the GPU does, somebody gets everything done.
-__device__ __forceinline__ void merge_unit(const Params& p, Shared& s, int index, int lane, int row_group, u32& shares_phase) {
+__device__ __forceinline__ void merge_unit(const Params& p, Shared& s, int index, int lane, int row_group) {
     mbarrier_wait(shared_address(&s.unit_known[index]), 0);
     const SharedUnit unit = s.shared_units[index];
     const int own = lane - unit.first_lane;
     bool abandoned = false;
-    u32 phase = 0;
     // First the own part, then, should anybody have given up, the parts of those.
 #pragma unroll 1
     for (int turn = 0; turn <= unit.members; ++turn) {
@@ -1147,7 +1132,7 @@ __device__ __forceinline__ void merge_unit(const Params& p, Shared& s, int index
             if (!named_barrier_any<CONSUMER_BARRIER, CONSUMERS>(threadIdx.x == 0 && *gave_up)) continue;
         }
         bool arrived = true;
-        merge_part(p, s, unit, index, row_group, part, shares_phase, [&] {
+        merge_part(p, s, unit, index, row_group, part, index == 0 && turn == 0, [&] {
             mbarrier_wait(shared_address(&s.met[index]), 0);
             const u32 arrivals = s.arrivals[index];
             arrived = all_arrived(arrivals, unit);
@@ -1156,9 +1141,7 @@ __device__ __forceinline__ void merge_unit(const Params& p, Shared& s, int index
             return arrived;
         });
         if (!arrived || !abandoned) return;
-        mbarrier_arrive(shared_address(&s.part_done[index]));
-        mbarrier_wait(shared_address(&s.part_done[index]), phase);
-        phase ^= 1;
+        named_barrier<CONSUMER_BARRIER, CONSUMERS>();  // before the shares are written anew
     }
     if (threadIdx.x == 0) depart(p, unit, row_group);
 }
@@ -1175,8 +1158,8 @@ __device__ __forceinline__ void coordinate(const Params& p, Shared& s, Walk walk
     const int l = threadIdx.x % 32;
     const ColumnSums& sums = reinterpret_cast<const ColumnSums&>(s.q);
     int units = 0;
-    u32 phase = 0;
-    for (; walk.active(); walk.next(p, s.start)) {
+    for (bool first = true; walk.active(); walk.next(p, s.start), first = false) {
+        if (!first) segment_barrier();
         SharedUnit unit;
         if (!walk.whole()) {
             unit = shared_unit(p, s.start, walk, lane);
@@ -1184,9 +1167,9 @@ __device__ __forceinline__ void coordinate(const Params& p, Shared& s, Walk walk
                 s.shared_units[units] = unit;
                 mbarrier_arrive(shared_address(&s.unit_known[units]));
             }
+            __syncwarp();
         }
-        mbarrier_wait(shared_address(&s.sums_full), phase);
-        phase ^= 1;
+        segment_barrier();
         if (!walk.whole()) {
             const int slot = partial_slot(p, lane, walk.starts(), row_group);
             for (int n = l; n < ROWS; n += 32)
@@ -1194,9 +1177,9 @@ __device__ __forceinline__ void coordinate(const Params& p, Shared& s, Walk walk
             __syncwarp();
             // The barrier and the warp ordered everyone's partial results before this arrival.
             if (l == 0) add_release(counter_of(p, unit.first_lane, row_group), 1);
+            __syncwarp();
             ++units;
         }
-        mbarrier_arrive(shared_address(&s.q_empty));
     }
     if (l > 0) return;
     for (int i = 0; i < units; ++i) {
@@ -1214,8 +1197,11 @@ __device__ __forceinline__ void coordinate(const Params& p, Shared& s, Walk walk
         }
         s.arrivals[i] = seen;
         mbarrier_arrive(shared_address(&s.met[i]));
+    }
+    for (int i = 0; i < units; ++i) {
+        const SharedUnit unit = s.shared_units[i];
         // With parts to take over, whoever merges them departs when they are done.
-        if (!all_arrived(seen, unit) || seen < GAVE_UP) depart(p, unit, row_group);
+        if (!all_arrived(s.arrivals[i], unit) || s.arrivals[i] < GAVE_UP) depart(p, unit, row_group);
     }
 }
 
@@ -1223,25 +1209,19 @@ __device__ __forceinline__ void consume(const Params& p, Shared& s, Walk walk, i
     Consumer c(p, s);
     // A lane shares at most two units: the one it starts in the middle of and the one it does not finish.
     int shared_units = 0;
-    u32 phase = 0;
-    for (; walk.active(); walk.next(p, s.start)) {
+    for (bool first = true; walk.active(); walk.next(p, s.start), first = false) {
         const RowTile rows = row_tile_of(p, walk.request, walk.pass, row_group);
-        if (c.warpgroup == 0) {
-            mbarrier_wait(shared_address(&s.q_empty), phase ^ 1);  // a fresh barrier lets the first wait pass
-            c.load_queries(walk.request, rows);
-        }
+        if (!first) segment_barrier();  // the sums of the last one have been read
+        if (c.warpgroup == 0) c.load_queries(walk.request, rows);
         c.clear();
-        mbarrier_wait(shared_address(&s.q_full), phase);
+        named_barrier<CONSUMER_BARRIER, CONSUMERS>();
         if (walk.key_tiles() > 0) c.run_tiles(walk, rows);
         trace(p, TRACE_LAST_TILE);
-        finish_segment(c, walk, rows, lane, row_group, phase);
+        finish_segment(c, walk, rows, lane, row_group);
         shared_units += !walk.whole();
-        phase ^= 1;
     }
-    if (shared_units > 0) mbarrier_wait(shared_address(&s.sums_full), phase ^ 1);  // nobody multiplies any more
-    u32 shares_phase = 0;
 #pragma unroll 1
-    for (int i = 0; i < shared_units; ++i) merge_unit(p, s, i, lane, row_group, shares_phase);
+    for (int i = 0; i < shared_units; ++i) merge_unit(p, s, i, lane, row_group);
 }
 
 // Grid: lanes * row_groups CTAs; CTA = lane * row_groups + row group. Dynamic shared memory: sizeof(Shared).

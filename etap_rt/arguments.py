@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 from etap_rt.errors import ArgumentError, ArgumentTypeError
-from etap_rt.interop import Array, Layout, describe, remember, to_host
+from etap_rt.interop import Array, Layout, describe, remember, tensor_signature, to_host
 from etap_rt.kernels import DIMS, ELEMENT_TYPES, ElementType
 from etap_rt.schedule import ROW_TILES, TILE_KEYS
 
@@ -51,6 +51,7 @@ class Problem:
     max_pages: int  # columns of block_table, 0 when csr
     device_type: str  # "cuda" or "cpu"
     device: int
+    like: Layout  # of q, or of its latent part
     split_q: bool
     split_cache: bool
     q_strides: tuple[int, int, int]  # batch (0 when ragged), query, head; of the latent part
@@ -61,15 +62,8 @@ class Problem:
     cache_seqlens_stride: int
     out_strides: tuple[int, int, int]  # batch (0 when ragged), query, head
     lse_strides: tuple[int, int, int]  # batch (0 when ragged), head, query
-
-    @property
-    def out_shape(self) -> tuple[int, ...]:
-        tokens = (self.total_q,) if self.ragged else (self.batch, self.s_q)
-        return (*tokens, self.heads, self.latent_dim)
-
-    @property
-    def lse_shape(self) -> tuple[int, ...]:
-        return (self.heads, self.total_q) if self.ragged else (self.batch, self.heads, self.s_q)
+    out_shape: tuple[int, ...]
+    lse_shape: tuple[int, ...]
 
     @property
     def general(self) -> bool:
@@ -117,9 +111,9 @@ class Call(NamedTuple):
     page_indptr: int
     page_count: int  # entries of the page list, 0 without one
     q: tuple[Array, ...]  # one packed array, or (latent, rope)
-    kv_cache: tuple[Array, ...]
-    table: Array  # (b, max_pages), or the page list
-    lengths: Array
+    kv_cache: tuple[Any, ...]  # this, the table and the lengths are Arrays, or tensors on the GPU not yet described
+    table: Any  # (b, max_pages), or the page list
+    lengths: Any
     starts: Array | None  # cu_seqlens_q
     indptr: Array | None  # page_indptr
     out: Array | None
@@ -128,6 +122,8 @@ class Call(NamedTuple):
 
 
 _problems: dict[tuple[Any, ...], Problem] = {}
+# Of calls whose four inputs are tensors on the GPU, by what these and given outputs look like.
+_recognised: dict[Any, Problem] = {}
 
 
 def check(
@@ -150,6 +146,48 @@ def check(
         check_scale(softmax_scale)
     if causal is not True and causal is not False:
         raise ArgumentTypeError("causal", repr(causal), "True or False")
+    signature = None
+    if cu_seqlens_q is None:
+        signature, at = tensor_signature(q, kv_cache, block_table, cache_seqlens)
+        out_array = lse_array = None
+        out_at = lse_at = 0
+        if signature is not None and out is not None:
+            out_array = describe(out, "out")
+            signature, out_at = (signature, out_array.layout), out_array.pointer
+        if signature is not None and lse is not None:
+            lse_array = describe(lse, "lse")
+            signature, lse_at = (signature, lse_array.layout, "lse"), lse_array.pointer
+        known = _recognised.get(signature)
+        if known is not None:
+            q_at, cache_at, table_at, lengths_at = at
+            if not (
+                q_at % ELEMENT_BYTES
+                or cache_at % CACHE_ALIGNMENT
+                or out_at % OUT_ALIGNMENT
+                or (table_at | lengths_at | lse_at) % 4
+            ):
+                latent_bytes = known.latent_dim * ELEMENT_BYTES
+                return Call(
+                    known,
+                    q_at,
+                    q_at + latent_bytes,
+                    cache_at,
+                    cache_at + latent_bytes,
+                    table_at,
+                    lengths_at,
+                    0,
+                    0,
+                    0,
+                    (Array(known.like, q_at, q),),
+                    (kv_cache,),
+                    block_table,
+                    cache_seqlens,
+                    None,
+                    None,
+                    out_array,
+                    lse_array,
+                    lse_form,
+                )
     q_arrays = _describe_parts(q, "q")
     cache_arrays = _describe_parts(kv_cache, "kv_cache")
     if isinstance(block_table, (tuple, list)):
@@ -185,6 +223,8 @@ def check(
         q_layouts, cache_layouts = [a.layout for a in q_arrays], [a.layout for a in cache_arrays]
         problem = _check_layouts(q_layouts, cache_layouts, table.layout, *key[6:])
         remember(_problems, key, problem)
+    if signature is not None:
+        remember(_recognised, signature, problem)
 
     call = Call(
         problem,
@@ -220,41 +260,22 @@ def check(
     return call
 
 
-def with_queries(call: Call, q: Any) -> Call:
-    """A validated call with other queries of the same layout; raises ArgumentError when the layout differs."""
+def check_queries(call: Call, q: Any) -> tuple[tuple[Array, ...], int, int]:
+    """Other queries for a validated call: their arrays, and the addresses of the latent and the rope part.
+
+    Raises ArgumentError when they are not laid out as the call's.
+    """
     arrays = _describe_parts(q, "q")
     if len(arrays) != len(call.q):
         raise ArgumentError("q", f"{len(arrays)} arrays", f"{len(call.q)}, as when the call was planned")
-    for array, planned, name in zip(arrays, call.q, _part_names("q", arrays)):
-        if array.layout is not planned.layout and _fields(array.layout) != _fields(planned.layout):
-            raise ArgumentError(name, str(array.layout), f"{planned.layout}, as when the call was planned")
+    if arrays[0].layout is not call.q[0].layout or arrays[-1].layout is not call.q[-1].layout:
+        for array, planned, name in zip(arrays, call.q, _part_names("q", arrays)):
+            if _fields(array.layout) != _fields(planned.layout):
+                raise ArgumentError(name, str(array.layout), f"{planned.layout}, as when the call was planned")
     latent, rope = arrays[0].pointer, arrays[-1].pointer
-    if not call.problem.split_q:
-        rope += call.problem.latent_dim * ELEMENT_BYTES
-    other = Call(
-        call.problem,
-        latent,
-        rope,
-        call.cache_latent,
-        call.cache_rope,
-        call.block_table,
-        call.cache_seqlens,
-        call.cu_seqlens_q,
-        call.page_indptr,
-        call.page_count,
-        arrays,
-        call.kv_cache,
-        call.table,
-        call.lengths,
-        call.starts,
-        call.indptr,
-        call.out,
-        call.lse,
-        call.lse_form,
-    )
     if (latent | rope) % ELEMENT_BYTES:
-        _refuse_alignment(other)
-    return other
+        _refuse_alignment(call._replace(q=arrays))
+    return arrays, latent, rope if call.problem.split_q else rope + call.problem.latent_dim * ELEMENT_BYTES
 
 
 def _fields(layout: Layout) -> tuple[Any, ...]:
@@ -298,11 +319,11 @@ def check_values(call: Call) -> None:
     problem = call.problem
     if call.starts is not None:
         _check_offsets(to_host(call.starts).tolist(), "cu_seqlens_q", problem.total_q, "query tokens")
-    table, indptr = to_host(call.table), None
+    table, indptr = to_host(describe(call.table, "block_table")), None
     if call.indptr is not None:
         indptr = to_host(call.indptr).tolist()
         _check_offsets(indptr, "block_table[1]", call.page_count, "page indices")
-    for request, length in enumerate(to_host(call.lengths).tolist()):
+    for request, length in enumerate(to_host(describe(call.lengths, "cache_seqlens")).tolist()):
         pages = table[request] if indptr is None else table[indptr[request] : indptr[request + 1]]
         most = len(pages) * problem.page_size
         if not 0 <= length <= most:
@@ -364,7 +385,7 @@ def check_scale(scale: Any, name: str = "softmax_scale") -> None:
     except OverflowError:
         value = math.inf
     if not 0.0 < value <= MAX_SCALE:
-        raise ArgumentError(name, repr(scale), "a finite number above 0")
+        raise ArgumentError(name, repr(scale), f"a number above 0, at most {MAX_SCALE:g}")
 
 
 # ---- Layouts: what follows runs once for each combination of layouts ----
@@ -397,17 +418,19 @@ def _check_layouts(
     if lengths.shape != (batch,):
         raise ArgumentError("cache_seqlens", f"shape {lengths.shape}", f"({batch},); {source}")
 
+    out_shape = (*tokens, heads, latent_dim)
+    lse_shape = (heads, *tokens) if ragged else (batch, heads, s_q)
     out_strides: tuple[int, ...] = (s_q * heads * latent_dim, heads * latent_dim, latent_dim)
     lse_strides: tuple[int, ...] = (0, tokens[0], 1) if ragged else (heads * s_q, s_q, 1)
     if out is not None:
         _check_type(out, "out", q[0].dtype, like=q[0])
-        _check_output_shape(out, "out", (*tokens, heads, latent_dim))
+        _check_output_shape(out, "out", out_shape)
         _check_contiguous(out, "out")
         _check_strides(out, "out", OUT_ALIGNMENT)
         out_strides = _token_strides(out, ragged)
     if lse is not None:
         _check_type(lse, "lse", "float32", like=q[0])
-        _check_output_shape(lse, "lse", (heads, *tokens) if ragged else (batch, heads, s_q))
+        _check_output_shape(lse, "lse", lse_shape)
         lse_strides = (0, *lse.strides) if ragged else lse.strides
 
     # One page has no stride of its own; whatever was given, it gets one that the copy engine accepts.
@@ -427,6 +450,7 @@ def _check_layouts(
         max_pages=table.shape[1] if indptr is None else 0,
         device_type=q[0].device_type,
         device=q[0].device,
+        like=q[0],
         split_q=len(q) == 2,
         split_cache=len(cache) == 2,
         q_strides=_token_strides(q[0], ragged),
@@ -437,6 +461,8 @@ def _check_layouts(
         cache_seqlens_stride=lengths.strides[0],
         out_strides=_three(out_strides),
         lse_strides=_three(lse_strides),
+        out_shape=out_shape,
+        lse_shape=lse_shape,
     )
 
 

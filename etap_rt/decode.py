@@ -10,9 +10,10 @@ from typing import Any
 
 from etap_rt import arguments, compiler, driver, interop, reference
 from etap_rt.arguments import ELEMENT_BYTES, Call, Problem
+from etap_rt.interop import Array
 from etap_rt.kernels import decode_spec
 from etap_rt.schedule import TILE_KEYS, Grid, plan_grid
-from etap_rt.workspace import workspace_for
+from etap_rt.workspace import Workspace, workspace_for
 
 THREADS = 384  # of a CTA: two warpgroups that compute, one that loads and coordinates
 CHUNK_DIMS = 64  # dims that one bulk copy brings, for the keys of a tile
@@ -61,13 +62,15 @@ def mla_decode(
         cu_seqlens_q: (b + 1,) int32, contiguous; where each request's queries begin in q (total_q, ...), and where the
             last one's end. Requests may have different numbers of queries, none included. Outputs of queries that
             belong to no request are left as they are.
-        out: (b, s_q, h, latent), or (total_q, h, latent), in q's dtype, written in place; made when not given.
+        out: (b, s_q, h, latent), or (total_q, h, latent), in q's dtype, written in place; made when not given. Neither
+            out nor lse may overlap the other arrays.
         lse: (b, h, s_q), or (h, total_q), float32, written in place; made when not given.
         return_lse: return (out, lse) instead of out.
 
     Returns:
         out, or (out, lse): lse is the natural logarithm of the sum of exp(scaled scores). A query that sees no
-        key gives zeros and lse = -inf. Outputs are arrays of q's library, on q's device.
+        key gives zeros and lse = -inf. Outputs are arrays of q's library, on q's device; of CuPy, or on the CPU NumPy,
+        when q comes by DLPack from yet another library.
 
     Arrays of torch, CuPy or any DLPack producer on a GPU of compute capability 9.0 come in without a copy; the
     work is ordered on the caller's current stream and nothing synchronizes, so a call can be captured in a CUDA
@@ -104,8 +107,8 @@ def plan_decode(
     """Check the arguments of `mla_decode` once, to run the call many times; computes nothing yet.
 
     Takes what `mla_decode` takes and raises what it raises. The plan keeps the arrays: their contents may change
-    between runs, lengths, offsets and tables included. Outputs that are not given are made here and written by
-    every run.
+    between runs, lengths, offsets and tables included; of q it needs the layout. Outputs that are not given are made
+    here and written by every run.
     """
     call = arguments.check(q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, out, lse, cu_seqlens_q)
     return DecodePlan(call, *make_outputs(call, out, lse, return_lse), softmax_scale, causal)
@@ -117,12 +120,13 @@ class DecodePlan:
     `out` and `lse` are the arrays that it writes; `lse` is None when it was neither given nor asked for.
     """
 
-    __slots__ = ("_call", "_causal", "_softmax_scale", "lse", "out")
+    __slots__ = ("_call", "_causal", "_launch", "_softmax_scale", "lse", "out")
 
     def __init__(self, call: Call, out: Any, lse: Any, softmax_scale: float, causal: bool) -> None:
         self._call = call
         self._softmax_scale = softmax_scale
         self._causal = causal
+        self._launch: Launch | None = None  # the plan's own: from its first run on the parameter holds all but q
         self.out = out
         self.lse = lse
 
@@ -131,8 +135,21 @@ class DecodePlan:
 
         The work is ordered on the current stream of q's library. Raises ArgumentError when q is laid out otherwise.
         """
-        self._call = arguments.with_queries(self._call, q)
-        run(self._call, self.out, self.lse, self._softmax_scale, self._causal)
+        arrays, latent, rope = arguments.check_queries(self._call, q)
+        problem, layout = self._call.problem, arrays[0].layout
+        if problem.device_type == "cpu" or problem.total_q == 0:
+            call = self._call._replace(q=arrays, q_latent=latent, q_rope=rope)
+            run(call, self.out, self.lse, self._softmax_scale, self._causal)
+            return self.out
+        stream = interop.current_stream(layout)
+        sms, launch = driver.stream_sm_count(problem.device, stream), self._launch
+        if launch is not None and launch.sms == sms and launch.source == compiler.source_key():
+            launch.run_again(arrays[0], latent, rope, stream)
+            return self.out
+        launch = Launch(problem, sms)
+        call = self._call._replace(q=arrays, q_latent=latent, q_rope=rope)
+        launch.run(call, *addresses(call, self.out, self.lse), self._softmax_scale, self._causal, stream)
+        self._launch = launch  # only now: another thread may be on its way to `run_again`
         return self.out
 
 
@@ -140,9 +157,9 @@ def make_outputs(call: Call, out: Any, lse: Any, return_lse: bool) -> tuple[Any,
     """`out` and `lse`, made where they are needed and not given."""
     problem, like = call.problem, call.q[0]
     if out is None:
-        out = interop.empty(like.layout, like.owner, problem.out_shape, problem.element)
+        out = interop.empty(problem.like, like.owner, problem.out_shape, problem.element)
     if lse is None and return_lse:
-        lse = interop.empty(like.layout, like.owner, problem.lse_shape, "float32")
+        lse = interop.empty(problem.like, like.owner, problem.lse_shape, "float32")
     return out, lse
 
 
@@ -157,11 +174,17 @@ def run(call: Call, out: Any, lse: Any, softmax_scale: float, causal: bool) -> N
         call = call._replace(out=interop.describe(out, "out"), lse=interop.describe(lse, "lse"))
         reference.decode_tiled(call, softmax_scale, causal)
         return
-    out_address = interop.address(layout, out) if call.out is None else call.out.pointer
-    lse_address = 0 if lse is None else interop.address(layout, lse) if call.lse is None else call.lse.pointer
     stream = interop.current_stream(layout)
     sms = driver.stream_sm_count(problem.device, stream)
-    _launch_for(problem, sms).run(call, out_address, lse_address, softmax_scale, causal, stream)
+    _launch_for(problem, sms).run(call, *addresses(call, out, lse), softmax_scale, causal, stream)
+
+
+def addresses(call: Call, out: Any, lse: Any) -> tuple[int, int]:
+    """Where `out` and `lse`, those of `make_outputs`, are on the GPU; 0 for an lse that nobody wants."""
+    layout = call.q[0].layout
+    out_address = interop.address(layout, out) if call.out is None else call.out.pointer
+    lse_address = 0 if lse is None else interop.address(layout, lse) if call.lse is None else call.lse.pointer
+    return out_address, lse_address
 
 
 class Params(ctypes.Structure):
@@ -220,9 +243,11 @@ class Params(ctypes.Structure):
     ]
 
 
-# Neighbours in Params that every launch sets: all addresses; causal ... lse_no_key.
-_ADDRESSES = struct.Struct("13Q")
-_OPTIONS = struct.Struct("iiifff")
+# Neighbours in Params that are set together: a call's addresses, those of q, a workspace's; causal ... lse_no_key.
+_ADDRESSES, _ADDRESSES_AT = struct.Struct("10Q"), Params.k_latent.offset
+_QUERIES, _QUERIES_AT = struct.Struct("2Q"), Params.q_latent.offset
+_WORKSPACE, _WORKSPACE_AT = struct.Struct("3Q"), Params.partials.offset
+_OPTIONS, _OPTIONS_AT = struct.Struct("iiifff"), Params.causal.offset
 
 
 def make_params(problem: Problem, grid: Grid) -> Params:
@@ -263,6 +288,8 @@ class Launch:
 
     def __init__(self, problem: Problem, sms: int, trace: bool = False) -> None:
         self.problem = problem
+        self.sms = sms
+        self.source = compiler.source_key()
         self.grid = plan_grid(problem.typical_rows, sms)
         spec = decode_spec(
             problem.element,
@@ -275,8 +302,10 @@ class Launch:
         self.kernel = compiler.load(spec, problem.device)
         self.params = make_params(problem, self.grid)
         self.params_address = ctypes.addressof(self.params)
+        self.start = self.kernel.prepare(self.grid.ctas, THREADS, SHARED_BYTES, self.params_address)
         self.maps: dict[tuple[int, int], bytes] = {}
         self.maps_in_place: tuple[int, int] | None = None
+        self.workspace_in_place: Workspace | None = None
         strides = [*problem.q_strides, *problem.q_rope_strides]
         self.q_vector_strides = all(stride * ELEMENT_BYTES % VECTOR_BYTES == 0 for stride in strides)
         self.lock = threading.Lock()  # over params, from the first field set to the launch that copies them
@@ -288,12 +317,12 @@ class Launch:
         vector_loads = self.q_vector_strides and (call.q_latent | call.q_rope) % VECTOR_BYTES == 0
         with self.lock:
             if key != self.maps_in_place:
-                maps = self.maps.get(key) or self._make_maps(call)
+                maps = self.maps.get(key) or self._find_maps(call)
                 ctypes.memmove(self.params.maps, maps, len(maps))
                 self.maps_in_place = key
             _ADDRESSES.pack_into(
                 self.params,
-                Params.k_latent.offset,
+                _ADDRESSES_AT,
                 call.cache_latent,
                 call.cache_rope,
                 call.q_latent,
@@ -304,44 +333,70 @@ class Launch:
                 call.cache_seqlens,
                 call.cu_seqlens_q,
                 call.page_indptr,
-                workspace.partials,
-                workspace.partial_stats,
-                workspace.counters,
             )
             _OPTIONS.pack_into(
                 self.params,
-                Params.causal.offset,
+                _OPTIONS_AT,
                 causal,
                 vector_loads,
                 PATIENCE,
-                softmax_scale * LOG2_E,
+                float(softmax_scale) * LOG2_E,
                 call.lse_form.factor,
                 call.lse_form.no_key,
             )
             if self.problem.csr:
                 self.params.max_pages = call.page_count
-            if workspace.captured:
-                self.kernel.launch_early(self.grid.ctas, THREADS, SHARED_BYTES, stream, self.params_address)
-            else:
-                self.kernel.launch(self.grid.ctas, THREADS, SHARED_BYTES, stream, self.params_address)
+            self._start(workspace, stream)
 
-    def _make_maps(self, call: Call) -> bytes:
-        problem = self.problem
+    def run_again(self, q: Array, latent: int, rope: int, stream: int) -> None:
+        """Launch on `stream` what `run` launched last, with other queries, whose parts have these addresses."""
+        workspace = workspace_for(self.problem.device, self.grid.rows, stream, q)
+        vector_loads = self.q_vector_strides and (latent | rope) % VECTOR_BYTES == 0
+        with self.lock:
+            _QUERIES.pack_into(self.params, _QUERIES_AT, latent, rope)
+            self.params.q_vector_loads = vector_loads
+            self._start(workspace, stream)
 
-        def encode(address: int, dim: int, strides: tuple[int, int]) -> bytes:
-            page, token = strides
-            return driver.encode_tensor_map(
-                problem.element,
-                address,
-                (dim, problem.page_size, problem.num_pages),
-                (token * ELEMENT_BYTES, page * ELEMENT_BYTES),
-                (CHUNK_DIMS, min(problem.page_size, TILE_KEYS), 1),
-            )
+    def _start(self, workspace: Workspace, stream: int) -> None:
+        if workspace is not self.workspace_in_place:
+            scratch = workspace.partials, workspace.partial_stats, workspace.counters
+            _WORKSPACE.pack_into(self.params, _WORKSPACE_AT, *scratch)
+            self.workspace_in_place = None if workspace.captured else workspace  # a graph's memory goes with the graph
+        if workspace.captured:
+            self.kernel.launch_early(self.grid.ctas, THREADS, SHARED_BYTES, stream, self.params_address)
+        else:
+            self.start(stream)
 
-        maps = encode(call.cache_latent, problem.latent_dim, problem.cache_strides)
-        maps += encode(call.cache_rope, problem.rope_dim, problem.cache_rope_strides)
+    def _find_maps(self, call: Call) -> bytes:
+        maps = tensor_maps(self.problem, call.cache_latent, call.cache_rope)
         interop.remember(self.maps, (call.cache_latent, call.cache_rope), maps)
         return maps
+
+
+_maps: dict[tuple[Any, ...], bytes] = {}
+
+
+def tensor_maps(problem: Problem, latent: int, rope: int) -> bytes:
+    """The tensor maps of a cache whose parts are at these addresses; the same whatever the batch."""
+    latent_strides, rope_strides = problem.cache_strides, problem.cache_rope_strides
+    sizes = (problem.element, problem.latent_dim, problem.rope_dim, problem.page_size, problem.num_pages)
+    key = (*sizes, latent_strides, rope_strides, latent, rope)
+
+    def encode(address: int, dim: int, strides: tuple[int, int]) -> bytes:
+        page, token = strides
+        return driver.encode_tensor_map(
+            problem.element,
+            address,
+            (dim, problem.page_size, problem.num_pages),
+            (token * ELEMENT_BYTES, page * ELEMENT_BYTES),
+            (CHUNK_DIMS, min(problem.page_size, TILE_KEYS), 1),
+        )
+
+    maps = _maps.get(key)
+    if maps is None:
+        maps = encode(latent, problem.latent_dim, latent_strides) + encode(rope, problem.rope_dim, rope_strides)
+        interop.remember(_maps, key, maps)
+    return maps
 
 
 _launches: dict[tuple[Problem, int, object], Launch] = {}

@@ -13,7 +13,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p, pointer
 from typing import Any, Literal
@@ -47,7 +48,6 @@ _STREAM_CAPTURE_MODE_RELAXED = 2
 _STREAM_NON_BLOCKING = 1
 _TENSOR_MAP_DATA_TYPE = {"float16": 6, "bfloat16": 9}
 _TENSOR_MAP_INTERLEAVE_NONE = 0
-_TENSOR_MAP_SWIZZLE_NONE = 0
 _TENSOR_MAP_SWIZZLE_128B = 3
 _TENSOR_MAP_L2_PROMOTION_256B = 3
 _TENSOR_MAP_OOB_FILL_NONE = 0
@@ -87,6 +87,20 @@ _forked = False
 _started_before_fork = False
 
 _CaptureInfo = c_uint64 * 2  # the capture status (an int, in the low half of the first word), the capture's id
+
+
+class _StreamQuestions(threading.local):
+    """What a thread asks about streams before every launch: by stream, the call and where its answer goes.
+
+    To make the arguments anew would take longer than the calls.
+    """
+
+    def __init__(self) -> None:
+        self.capture: dict[int, tuple[Callable[[], int], Any]] = {}
+        self.green_context: dict[int, tuple[Callable[[], int], c_void_p]] = {}
+
+
+_stream_questions = _StreamQuestions()
 
 
 class _LaunchAttribute(ctypes.Structure):
@@ -136,12 +150,20 @@ class Kernel:
         `stream` is a CUstream, 0 for the legacy default stream. The kernel has one parameter, passed by value:
         it is read from the host address `params_address` before this returns.
         """
+        self.prepare(grid, block, shared_bytes, params_address)(stream)
+
+    def prepare(self, grid: int, block: int, shared_bytes: int, params_address: int) -> Callable[[int], None]:
+        """`launch` with all but the stream given, for what is launched again and again."""
         self.allow_shared(shared_bytes)
-        parameters = byref(c_void_p(params_address))
-        arguments = (self._function, grid, 1, 1, block, 1, 1, shared_bytes, c_void_p(stream), parameters, None)
-        status = self._launch(*arguments)
-        if status:
-            self._launch_again(status, arguments)
+        shape = (self._function, grid, 1, 1, block, 1, 1, shared_bytes)
+        launch, parameters = functools.partial(self._launch, *shape), byref(c_void_p(params_address))
+
+        def launch_on(stream: int) -> None:
+            status = launch(c_void_p(stream), parameters, None)
+            if status:
+                self._launch_again(status, (*shape, c_void_p(stream), parameters, None))
+
+        return launch_on
 
     def launch_early(self, grid: int, block: int, shared_bytes: int, stream: int, params_address: int) -> None:
         """The same, but the kernel may start before the stream's previous one has ended, and has to wait for it itself.
@@ -202,13 +224,19 @@ def load_kernel(cubin: bytes, entry: str, device: int) -> Kernel:
 
 def capturing(device: int, stream: int) -> int:
     """The id of the capture that `stream` of `device` is part of, 0 when it is not being captured."""
-    info = _CaptureInfo()
-    arguments = (c_void_p(stream), info, byref(info, 8), None, None, None)
-    status = _libcuda().cuStreamGetCaptureInfo_v2(*arguments)
+    if _started_before_fork:
+        refuse_fork()
+    prepared = _stream_questions.capture.get(stream)
+    if prepared is None:
+        info, function = _CaptureInfo(), _libcuda().cuStreamGetCaptureInfo_v2
+        prepared = functools.partial(function, c_void_p(stream), info, byref(info, 8), None, None, None), info
+        _stream_questions.capture[stream] = prepared
+    ask, info = prepared
+    status = ask()
     if status:
         if status in _CUDA_ERRORS_OF_OTHER_CONTEXTS:
             with _primary_context(device):
-                status = _libcuda().cuStreamGetCaptureInfo_v2(*arguments)
+                status = ask()
         _check(status, "cuStreamGetCaptureInfo", f"stream {stream:#x}")
     return info[1] if info[0] else 0
 
@@ -235,16 +263,15 @@ def encode_tensor_map(
     dims: tuple[int, ...],
     strides_bytes: tuple[int, ...],
     box: tuple[int, ...],
-    swizzle_128: bool = True,
 ) -> bytes:
     """The 128 bytes of a tensor map over global memory at `address` (a multiple of 16).
 
     dims           elements in each dimension, the contiguous one first
     strides_bytes  of dims[1:], multiples of 16
     box            elements in each dimension that one copy brings
-    swizzle_128    lay rows of 128 bytes out with the 128-byte swizzle, else plainly
 
-    Elements outside of dims arrive as zeros. Raises EtapError when the driver refuses the numbers.
+    Rows of 128 bytes are laid out with the 128-byte swizzle, elements outside of dims arrive as zeros. Raises EtapError
+    when the driver refuses the numbers.
     """
     rank = len(dims)
     if len(strides_bytes) != rank - 1 or len(box) != rank:
@@ -261,7 +288,7 @@ def encode_tensor_map(
         (c_uint32 * rank)(*box),
         (c_uint32 * rank)(*[1] * rank),
         _TENSOR_MAP_INTERLEAVE_NONE,
-        _TENSOR_MAP_SWIZZLE_128B if swizzle_128 else _TENSOR_MAP_SWIZZLE_NONE,
+        _TENSOR_MAP_SWIZZLE_128B,
         _TENSOR_MAP_L2_PROMOTION_256B,
         _TENSOR_MAP_OOB_FILL_NONE,
     )
@@ -311,18 +338,25 @@ def stream_sm_count(device: int, stream: int) -> int:
     Asked anew each time: a handle may come back with another stream, and that of the default stream, 0, stands for the
     context that is current.
     """
-    lib = _libcuda()
-    if not _has_green_contexts():
-        return sm_count(device)
-    context = c_void_p()
-    status = lib.cuStreamGetGreenCtx(c_void_p(stream), byref(context))
-    if status in _CUDA_ERRORS_OF_OTHER_CONTEXTS:
-        with _primary_context(device):
-            status = lib.cuStreamGetGreenCtx(c_void_p(stream), byref(context))
-    _check(status, "cuStreamGetGreenCtx", f"stream {stream:#x}")
+    if _started_before_fork:
+        refuse_fork()
+    prepared = _stream_questions.green_context.get(stream)
+    if prepared is None:
+        if not _has_green_contexts():
+            return sm_count(device)
+        context, function = c_void_p(), _libcuda().cuStreamGetGreenCtx
+        prepared = functools.partial(function, c_void_p(stream), byref(context)), context
+        _stream_questions.green_context[stream] = prepared
+    ask, context = prepared
+    status = ask()
+    if status:
+        if status in _CUDA_ERRORS_OF_OTHER_CONTEXTS:
+            with _primary_context(device):
+                status = ask()
+        _check(status, "cuStreamGetGreenCtx", f"stream {stream:#x}")
     if not context:
         return sm_count(device)
-    resource = _SmResource()
+    resource, lib = _SmResource(), _libcuda()
     _check(lib.cuGreenCtxGetDevResource(context, byref(resource), _DEVICE_RESOURCE_TYPE_SM), "cuGreenCtxGetDevResource")
     return int(resource.sm_count)
 

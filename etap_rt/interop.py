@@ -72,11 +72,50 @@ def describe(x: Any, name: str) -> Array:
     return reader(x, name)
 
 
+def tensor_signature(a: Any, b: Any, c: Any, d: Any) -> tuple[Any, tuple[int, int, int, int]]:
+    """Four torch tensors on GPUs: all about them but their addresses, as a key, and the addresses.
+
+    Written out, because it is on the path of most calls: to `describe` the four costs twice as much. The key is None
+    when one of them is anything else, for `describe` to say what.
+    """
+    kind = type(a)
+    if (
+        kind is type(b) is type(c) is type(d)
+        and _readers.get(kind) is _read_torch
+        and (a.is_cuda and b.is_cuda and c.is_cuda and d.is_cuda)
+    ):
+        try:
+            key = (
+                a.shape,
+                a.stride(),
+                a.dtype,
+                a.get_device(),
+                b.shape,
+                b.stride(),
+                b.dtype,
+                b.get_device(),
+                c.shape,
+                c.stride(),
+                c.dtype,
+                c.get_device(),
+                d.shape,
+                d.stride(),
+                d.dtype,
+                d.get_device(),
+            )
+            return key, (a.data_ptr(), b.data_ptr(), c.data_ptr(), d.data_ptr())
+        except RuntimeError:  # see _read_torch
+            pass
+    return None, (0, 0, 0, 0)
+
+
 def empty(layout: Layout, owner: Any, shape: tuple[int, ...], dtype: str) -> Any:
     """A new, uninitialised, contiguous array of the library and on the device of an array that was described."""
     if layout.device_type == "cuda":
         driver.refuse_fork()
     if layout.library == "torch":
+        if dtype == layout.dtype:  # a quarter of a microsecond less
+            return owner.new_empty(shape)
         return owner.new_empty(shape, dtype=getattr(sys.modules["torch"], dtype))
     if layout.device_type == "cpu":
         return np.empty(shape, numpy_dtype(dtype))

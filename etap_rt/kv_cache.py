@@ -210,8 +210,8 @@ class PagedKVCache:
 
         Returns:
             Slots (sum(counts),) int32 on the cache's device, sequence after sequence; or `out`. A slot is
-            page * page_size + offset. It goes stale, which `write` notices, when its page is given back, cut by
-            `truncate` or copied for a fork.
+            page * page_size + offset. It goes stale when its page is given back, cut by `truncate` or copied for a
+            fork; `write` notices that of the whole array that this returned, not of slices and copies of it.
 
         Raises OutOfPagesError with the pages asked for and free.
         """

@@ -157,9 +157,10 @@ class DeviceMemory(_Arrays):
     """
 
     def __init__(self, geometry: Geometry, library: str, device: str) -> None:
+        driver.refuse_fork()
+        compiler.require_hopper(int(device.partition(":")[2] or 0))  # before the pool is allocated
         import cupy
 
-        driver.refuse_fork()
         super().__init__(geometry, library, device)
         index = self.pool.layout.device
         self._runtime = cupy.cuda.runtime

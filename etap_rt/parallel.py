@@ -110,6 +110,8 @@ def combine_states(
 
     Returns (out, lse) over all parts, in the shapes and dtypes of the arguments, but for the heads if those are
     scattered. Sums are formed in float32 and rounded once.
+
+    Raises ArgumentError or ArgumentTypeError for shapes and dtypes of this rank; what other ranks gave is not seen.
     """
     ranks, rank = _place(group)
     _check_state(_describe_tensor(out, "out"), _describe_tensor(lse, "lse"))

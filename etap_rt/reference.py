@@ -63,7 +63,7 @@ def decode_float64(
             visible = max(0, length - offsets[request + 1] + query + 1) if causal else length
             if visible == 0:
                 continue
-            scores = softmax_scale * (queries[query] @ keys[:visible].T)  # (heads, visible)
+            scores = float(softmax_scale) * (queries[query] @ keys[:visible].T)  # (heads, visible)
             top = scores.max(axis=-1, keepdims=True)
             weights = np.exp(scores - top)
             total = weights.sum(axis=-1, keepdims=True)
@@ -128,7 +128,7 @@ def decode_tiled(call: Call, softmax_scale: float, causal: bool, sm_count: int =
     passes = Counter(unit.request for unit in units)
     expected = all(passes[request] == grid.passes for request in range(problem.batch))
     work = divide([unit.length for unit in units], replace(grid, passes=1), may_be_even=expected)
-    scale_log2 = np.float32(softmax_scale * math.log2(math.e))
+    scale_log2 = np.float32(float(softmax_scale) * math.log2(math.e))
     partials: dict[int, list[_Partial]] = {}
     with np.errstate(invalid="ignore", over="ignore", under="ignore", divide="ignore"):
         for segment in chain.from_iterable(work):

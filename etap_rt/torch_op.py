@@ -41,7 +41,10 @@ def mla_decode(
     lse: Tensor | None = None,
     return_lse: bool = False,
 ) -> Any:
-    """`etap_rt.mla_decode` for torch tensors, with the same arguments and results, that torch.compile can trace."""
+    """`etap_rt.mla_decode` for torch tensors, with the same arguments and results, that torch.compile can trace.
+
+    Raises what `etap_rt.mla_decode` raises.
+    """
     q, q_rope = _pair("q", q)
     kv_cache, kv_rope = _pair("kv_cache", kv_cache)
     block_table, page_indptr = _pair("block_table", block_table)
@@ -119,7 +122,7 @@ def _compute_into(
     block_table: Tensor,
     cache_seqlens: Tensor,
     out: Tensor,
-    lse: Tensor | None = None,
+    lse: Tensor | None,
     *others: Tensor | None,
     **options: Any,
 ) -> None:
@@ -152,10 +155,11 @@ _op = torch.library.custom_op(
     schema=f"({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
 )
 _op.register_fake(_allocate)
+# `lse` may be None but has no default: torch 2.10 looks for it among the arguments, where a default would be left out.
 _out_op = torch.library.custom_op(
     "etap_rt::mla_decode_out",
     _compute_into,
     mutates_args=("out", "lse"),
-    schema=f"({_INPUTS}, Tensor(a!) out, Tensor(b!)? lse=None, {_OPTIONS}) -> ()",
+    schema=f"({_INPUTS}, Tensor(a!) out, Tensor(b!)? lse, {_OPTIONS}) -> ()",
 )
 _out_op.register_fake(_allocate_nothing)

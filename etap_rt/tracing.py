@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from etap_rt import arguments, decode, driver, interop
-from etap_rt.errors import UnsupportedError
+from etap_rt.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 
 # Words of a CTA's record, as in mla_decode.cu, and what the kernel writes where nothing happened.
 _WORDS = ("sm", "start", "first_tile", "last_tile", "merge", "end")
@@ -29,7 +29,7 @@ def trace_decode(
 
     Args:
         q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, cu_seqlens_q: as in `mla_decode`, on a GPU.
-        runs: how often it runs before the recorded times count, which are those of the last run.
+        runs: how often it runs, 1 or more; the recorded times are those of the last run.
 
     Returns:
         What tools/trace.py draws and JSON can hold: {"gpu", "clock", "ctas"}. Each CTA has its number, its SM and times
@@ -42,6 +42,10 @@ def trace_decode(
     """
     call = arguments.check(q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, None, None, cu_seqlens_q)
     problem, like = call.problem, call.q[0]
+    if type(runs) is not int:
+        raise ArgumentTypeError("runs", repr(runs), "an int")
+    if runs < 1:
+        raise ArgumentError("runs", str(runs), "at least 1")
     if problem.device_type != "cuda":
         raise UnsupportedError("tracing on the CPU", "arrays on a GPU")
     stream = interop.current_stream(like.layout)
@@ -50,7 +54,7 @@ def trace_decode(
     described = interop.describe(words, "trace")
     launch.params.trace = described.pointer
     out, _ = decode.make_outputs(call, None, None, False)
-    for _ in range(max(1, runs)):
+    for _ in range(runs):
         launch.run(call, interop.address(like.layout, out), 0, softmax_scale, causal, stream)
     record = interop.to_host(described)
     return {"gpu": driver.device_name(problem.device), "clock": "globaltimer ns", "ctas": _ctas(record)}

@@ -1,4 +1,4 @@
-"""Decode problems that hypothesis draws, for tools/fuzz.py to run: what fails is shrunk to the smallest that fails alike.
+"""Decode problems that hypothesis draws, for tools/fuzz.py to run: it shrinks what fails to the smallest that fails.
 
 The fuzzer itself draws by seed, to try as many problems as fit into a minute. Hypothesis tries fewer, and takes more
 care of what it finds.

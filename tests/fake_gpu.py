@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -36,9 +37,31 @@ class Notes:
         size = ctypes.sizeof(self.params_type)
         self.params.append(self.params_type.from_buffer_copy(ctypes.string_at(params_address, size)))
 
+    def prepare(self, grid: int, block: int, shared_bytes: int, params_address: int) -> Callable[[int], None]:
+        return lambda stream: self.launch(grid, block, shared_bytes, stream, params_address)
+
     def launch_early(self, *arguments: Any) -> None:
         self.early += 1
         self.launch(*arguments)
+
+
+class CudaTensor:
+    """A CPU tensor that says of itself what a tensor on CUDA device 0 would."""
+
+    is_cuda = True
+    device = torch.device("cuda", 0)
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+
+    def __getattr__(self, name: str) -> Any:  # shape, stride, dtype, data_ptr
+        return getattr(self.tensor, name)
+
+    def get_device(self) -> int:
+        return 0
+
+    def new_empty(self, *arguments: Any, **options: Any) -> CudaTensor:
+        return CudaTensor(self.tensor.new_empty(*arguments, **options))
 
 
 def pass_tensors_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,4 +74,5 @@ def pass_tensors_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         return Array(layout, array.pointer, x)
 
     monkeypatch.setitem(interop._readers, torch.Tensor, read_as_cuda)
+    monkeypatch.setitem(interop._readers, CudaTensor, interop._read_torch)
     monkeypatch.setattr(interop, "current_stream", lambda layout: STREAM)

@@ -37,6 +37,7 @@ TOTALS = (
     "fuzz_cases",
     "fuzz_runs",
     "fuzz_failures",
+    "drawn_cases",  # by hypothesis
     "sanitizer_cases",
     "sanitizer_reports",
     "calls",  # in one process, while its memory was watched

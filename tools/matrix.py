@@ -42,14 +42,17 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")  # each with the newest libraries tha
 EVERYTHING_ON = "3.13"
 LONG = "long- or test_kernels or real_demo or random_problems"
 NVRTCS = ("12.3", "12.4", "12.9", "13.0", "newest")
-EXTRAS = ("cuda13", "torch", "test")
-# How versions are chosen, the extras of pyproject.toml and the Python. CuPy asks for a newer NumPy than we do, so the
-# oldest NumPy can only be had without it, and without it nothing can be compiled.
+
+# What is installed: how versions are chosen, extras of the project, a torch. The newest NVRTC of CUDA 13 excludes
+# all torch for CUDA 13, and of a torch for CUDA 12 CuPy would take the NVRTC; hence torch is asked for, not NVRTC.
+NEWEST = ("highest", ("cuda13", "test"), ("torch>=2.11",))
+# CuPy asks for a newer NumPy than we do, so the oldest NumPy can only be had without it, and without it nothing can be
+# compiled.
 WITHOUT_CUPY = "oldest without CuPy"
 LIBRARIES = {
-    "oldest": ("lowest-direct", EXTRAS, "3.10"),
-    WITHOUT_CUPY: ("lowest-direct", ("test",), "3.10"),
-    "newest of CUDA 12": ("highest", ("cuda12", "torch", "test"), "3.12"),
+    "oldest": ("3.10", "lowest-direct", ("cuda13", "torch", "test"), ()),
+    WITHOUT_CUPY: ("3.10", "lowest-direct", ("test",), ()),
+    "newest of CUDA 12": ("3.12", "highest", ("cuda12", "test"), ("torch>=2.4,<2.11",)),
 }
 TESTS_WITHOUT_CUPY = [
     f"tests/cpu/test_{name}.py"
@@ -84,17 +87,16 @@ class Cell:
 # ---- Interpreters and libraries ----
 
 
-def run_tests(
-    part: str, name: str, python: str, resolution: str, extras: tuple[str, ...], tests: list[str], options: Any
-) -> Cell:
+def run_tests(part: str, name: str, tests: list[str], options: Any, python: str, *installed: Any) -> Cell:
     """Tests in an environment of their own."""
     start = time.monotonic()
     environment = options.directory / f"{part}-{name}".replace(" ", "-")
     try:
         interpreter = make_environment(environment, python)
+        resolution, extras, packages = installed
         install = ["pip", "install", "--quiet", "--python", str(interpreter)]
         wanted = [word for extra in extras for word in ("--extra", extra)]
-        uv(*install, "--resolution", resolution, *wanted, "-r", str(options.checkout / "pyproject.toml"))
+        uv(*install, "--resolution", resolution, *wanted, "-r", str(options.checkout / "pyproject.toml"), *packages)
         uv(*install, *TOOLS)
         result = versions(interpreter, options.checkout)
         result |= pytest_outcome(
@@ -129,7 +131,9 @@ def find_python(version: str) -> str:
 
 
 VERSIONS = """
-import importlib.metadata as m, json, platform
+import contextlib, importlib.metadata as m, json, platform
+with contextlib.suppress(ImportError):
+    import torch  # a torch for another CUDA brings its own NVRTC, which CuPy then takes
 from etap_rt import compiler, errors
 found = {d.metadata["Name"].lower(): d.version for d in m.distributions()}
 cupy = [v for name, v in found.items() if name.startswith("cupy-cuda")]
@@ -445,15 +449,14 @@ def run_cells(options: Any) -> Iterator[Cell]:
             yield run_nvrtc(version, options)
     if options.only in (None, "libraries"):
         for name in options.libraries:
-            resolution, extras, python = LIBRARIES[name]
             tests = [*options.tests, "-k", f"not ({LONG})"]
             if name == WITHOUT_CUPY:
                 tests = [*TESTS_WITHOUT_CUPY, "-k", f"not ({LONG} or {NEEDS_A_COMPILER})"]
-            yield run_tests("libraries", name, python, resolution, extras, tests, options)
+            yield run_tests("libraries", name, tests, options, *LIBRARIES[name])
     if options.only in (None, "python"):
         for version in options.python:
             tests = options.tests if version == EVERYTHING_ON else [*options.tests, "-k", f"not ({LONG})"]
-            yield run_tests("python", version, version, "highest", EXTRAS, tests, options)
+            yield run_tests("python", version, tests, options, version, *NEWEST)
 
 
 if __name__ == "__main__":

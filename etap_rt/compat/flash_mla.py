@@ -32,6 +32,8 @@ class FlashMLASchedMeta:
 
     @dataclass
     class Config:
+        """The first call's shapes and options, under FlashMLA's names."""
+
         b: int
         s_q: int
         h_q: int

@@ -44,6 +44,9 @@ class BatchMLAPagedAttentionWrapper:
         qo_indptr, kv_indptr: (b + 1,) int32 buffers. kv_indices: int32, for as many pages as a plan may have.
             kv_len_arr: (b,) int32. All on the device; only with use_cuda_graph.
         backend: "auto", "fa2" or "fa3", which make no difference.
+
+    Raises UnsupportedError for the backend "cutlass"; ArgumentError or ArgumentTypeError, with the argument's name, for
+    buffers of a wrong type, dtype, rank, size or device.
     """
 
     def __init__(

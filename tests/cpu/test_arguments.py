@@ -306,7 +306,7 @@ def test_a_ragged_call_with_a_page_list_is_described_to_the_kernel() -> None:
     problem = call.problem
     assert (problem.ragged, problem.csr) == (True, True)
     assert (problem.batch, problem.s_q, problem.total_q, problem.heads) == (2, 0, 5, 3)
-    assert problem.typical_rows == 9  # three tokens a request, rounded up
+    assert problem.typical_rows == 18  # twice the mean of three tokens a request, rounded up, times three heads
     assert problem.q_strides == problem.q_rope_strides == (0, 1728, 576)
     assert problem.out_shape == (5, 3, 512) and problem.out_strides == (0, 1536, 512)
     assert problem.lse_shape == (3, 5) and problem.lse_strides == (0, 5, 1)

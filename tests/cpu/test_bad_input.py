@@ -179,7 +179,7 @@ DECODE_MISTAKES: dict[str, tuple[type[Exception], Callable[[], dict[str, Any]], 
     "NaN scale": (
         ArgumentError,
         lambda: {"softmax_scale": float("nan")},
-        "softmax_scale: got nan, accepted is a finite number above 0",
+        "softmax_scale: got nan, accepted is a number above 0, at most 2e+38",
     ),
     "scale in an array": (
         ArgumentTypeError,
@@ -202,6 +202,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "mla_decode": etap_rt.mla_decode,
     "plan_decode": etap_rt.plan_decode,
     "check_inputs": etap_rt.check_inputs,
+    "trace_decode": lambda out, lse, return_lse, **arguments: etap_rt.trace_decode(**arguments),
 }
 
 
@@ -209,6 +210,8 @@ CALLS: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("mistake", DECODE_MISTAKES)
 def test_every_call_says_the_same_and_writes_nothing(mistake: str, name: str) -> None:
     error, change, message = DECODE_MISTAKES[mistake]
+    if name == "trace_decode" and change().keys() & {"out", "lse"}:
+        return  # it makes its own
     arguments = good_arguments()
     arguments["out"].fill(7)
     arguments["lse"].fill(7)

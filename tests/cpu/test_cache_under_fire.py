@@ -24,7 +24,7 @@ import pytest
 
 from etap_rt import compiler, disk_cache
 from etap_rt.disk_cache import LIMIT_VARIABLE, SHARED_VARIABLE
-from etap_rt.kernels import KernelSpec, batch_update_spec, kv_write_spec, page_copy_spec
+from etap_rt.kernels import KernelSpec
 
 ROOT = Path(__file__).parents[2]
 KERNEL = 'extern "C" __global__ void k(float* out) { out[threadIdx.x] = VALUE; }\n'
@@ -611,17 +611,21 @@ for _ in range(3):
 """
 
 
+def compile_alone(cache: Path) -> list[list[str]]:
+    """What one more process gets: entry, SHA-256 of the machine code and whether it was in the cache, several times."""
+    process = start(COMPILER, "alone", ETAP_RT_CACHE_DIR=str(cache))
+    output, errors = process.communicate("go\n", timeout=120)
+    assert (process.returncode, errors) == (0, "")
+    return [line.split() for line in output.splitlines() if line != "ready"]
+
+
 def test_sixteen_processes_compile_at_once_while_half_of_them_are_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
 ) -> None:
-    monkeypatch.setattr(compiler, "_compiled", {})
-    monkeypatch.setenv("ETAP_RT_CACHE_DIR", str(tmp_path / "alone"))
-    specs = [kv_write_spec(), page_copy_spec(), batch_update_spec()]
-    right = {spec.entry: hashlib.sha256(compiler.compile_spec(spec).cubin).hexdigest() for spec in specs}
-
+    # In a process like the others: this one may have another NVRTC, that of a torch it has imported.
+    right = {entry: sha256 for entry, sha256, _ in compile_alone(tmp_path / "alone")}
     cache = tmp_path / "together"
-    monkeypatch.setenv("ETAP_RT_CACHE_DIR", str(cache))
-    processes = [start(COMPILER, str(i)) for i in range(16)]
+    processes = [start(COMPILER, str(i), ETAP_RT_CACHE_DIR=str(cache)) for i in range(16)]
     for process in processes:
         await_ready(process)
     for process in processes:  # a line starts each of them; none waits for another
@@ -647,12 +651,12 @@ def test_sixteen_processes_compile_at_once_while_half_of_them_are_killed(
             assert sha256 == right[entry], "every kernel that anybody got is the right one"
             origins[from_cache] += 1
     assert origins["True"] and origins["False"]
-    compiler._compiled.clear()
-    for spec in specs:
-        assert hashlib.sha256(compiler.compile_spec(spec).cubin).hexdigest() == right[spec.entry]
-    record_property("processes_started", len(processes))
+    for entry, sha256, _ in compile_alone(cache):
+        assert sha256 == right[entry]
+    monkeypatch.setenv("ETAP_RT_CACHE_DIR", str(cache))
+    record_property("processes_started", len(processes) + 2)
     record_property("processes_killed", killed)
-    record_property("survivors", len(processes) - killed)
+    record_property("survivors", len(processes) + 2 - killed)
     record_property("entries", len(disk_cache.cache_entries()))
     record_property("kernels_compiled", origins["False"])
     record_property("kernels_read", origins["True"])

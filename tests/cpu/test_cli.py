@@ -105,7 +105,7 @@ def test_a_kernel_that_does_not_compile_fails_with_the_log(sources: Path, capsys
     for verb in ("demo", "compile"):
         assert cli.main([verb]) == 1
         errors = capsys.readouterr().err
-        assert "etap-rt: mla_decode[IS_BF16=1" in errors
+        assert "etap-rt: mla_decode[GENERAL=0, IS_BF16=1" in errors
         assert "nonsense" in errors
 
 
@@ -168,7 +168,7 @@ def test_the_doctor_without_a_gpu_finds_what_is_missing(capsys: pytest.CaptureFi
     compiler._compiled.clear()  # as in a new process
     status, text = run(capsys, "doctor")
     assert status == 1
-    assert "mla_decode[IS_BF16=1, LATENT_DIM=512, ROPE_DIM=64, ROWS=16] read from the disk cache" in text
+    assert "mla_decode[GENERAL=0, IS_BF16=1, LATENT_DIM=512, ROPE_DIM=64, ROWS=16] read from the disk cache" in text
     assert text.endswith("Decode on the GPU does not work here.\n")
 
 

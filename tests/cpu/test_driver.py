@@ -198,6 +198,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     for function in cached:
         function.cache_clear()
     monkeypatch.setattr(driver, "_open_library", lambda: fake)
+    monkeypatch.setattr(driver, "_stream_questions", driver._StreamQuestions())
     yield fake
     assert fake.contexts == [], "every context that was pushed is popped"
     assert fake.capture_mode == GLOBAL, "the thread's capture mode is as before"
@@ -315,11 +316,6 @@ def test_a_tensor_map_is_encoded_with_these_numbers(cuda: FakeCuda, element: Any
     assert encoded == bytes(range(128))
     dims, strides, box, steps, modes = [512, 64, 2**31], [1152, page_bytes], [64, 64, 1], [1, 1, 1], [0, 3, 3, 0]
     assert cuda.calls("encode") == [(0, number, address, dims, strides, box, steps, modes)]
-
-
-def test_a_tensor_map_without_swizzle(cuda: FakeCuda) -> None:
-    driver.encode_tensor_map("float16", 0x1000, (512,), (), (256,), swizzle_128=False)
-    assert cuda.calls("encode") == [(0, 6, 0x1000, [512], [], [256], [1], [0, 0, 3, 0])]
 
 
 def test_a_tensor_map_that_the_driver_refuses_says_what_was_asked(cuda: FakeCuda) -> None:

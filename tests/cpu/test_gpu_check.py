@@ -7,11 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from etap_rt import arguments
+from etap_rt.kernels import all_specs, decode_spec
+from etap_rt.schedule import plan_grid
+from tests.cases import make_inputs
 from tests.tool_modules import import_tool
 
 gpu_check = import_tool("gpu_check")
+SMS_OF_AN_H200 = 132
 
 SOME_TESTS = """
 import pytest
@@ -164,3 +170,17 @@ def test_reports_of_a_sanitizer_are_counted(line: str) -> None:
 
     found = REPORTS.search(f"========= COMPUTE-SANITIZER\nsome output\n{line}\n")
     assert found is not None and found[1] == SUMMARIES[line]
+
+
+def test_the_sanitizers_see_every_decode_kernel() -> None:
+    pytest.importorskip("cupy")
+    from tests.gpu.sanitizer_cases import CASES
+
+    seen = set()
+    for case in CASES:
+        call = make_inputs(case).on(np.asarray)
+        problem = arguments.check(**call, out=None, lse=None).problem
+        rows = plan_grid(problem.typical_rows, SMS_OF_AN_H200).rows
+        dims = (problem.latent_dim, problem.rope_dim)
+        seen.add(decode_spec(problem.element, *dims, rows, general=problem.general))
+    assert {spec for spec in all_specs() if spec.entry == "mla_decode"} == seen

@@ -6,6 +6,7 @@ CPU tensors pass for tensors on a GPU here; nothing is computed.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 import etap_rt
 from etap_rt import decode, driver, interop, workspace
 from etap_rt.decode import Params, divider
-from tests.fake_gpu import STREAM, Notes, pass_tensors_for_cuda
+from tests.fake_gpu import STREAM, CudaTensor, Notes, pass_tensors_for_cuda
 
 torch = pytest.importorskip("torch")
 
@@ -46,6 +47,7 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> Iterator[DecodeNotes]:
     monkeypatch.setattr(driver, "encode_tensor_map", notes.encode)
     monkeypatch.setattr(decode.compiler, "load", notes.load)
     monkeypatch.setattr(decode, "_launches", {})
+    monkeypatch.setattr(decode, "_maps", {})
     monkeypatch.setattr(workspace, "_workspaces", {})
     monkeypatch.setattr(workspace, "_counters", {})
     yield notes
@@ -85,6 +87,48 @@ def test_a_stream_on_a_part_of_the_sms_gets_a_grid_for_that_part(
         etap_rt.mla_decode(**call)
     assert [grid for grid, *_ in notes.launches] == [SMS, 32, SMS]
     assert [params.lanes for params in notes.params] == [SMS, 32, SMS]
+
+
+def test_a_call_that_was_seen_before_gets_what_it_would_get_otherwise(notes: DecodeNotes) -> None:
+    calls = [arguments(), arguments(offset=8), {**arguments(heads=8), "causal": False, "softmax_scale": 0.5}]
+    for call in (*calls, *calls):
+        on_gpu = {name: CudaTensor(x) if isinstance(x, torch.Tensor) else x for name, x in call.items()}
+        out, lse = etap_rt.mla_decode(**on_gpu, return_lse=True)
+        etap_rt.mla_decode(**call, out=out.tensor, lse=lse.tensor)
+        recognised, described = (bytes(params)[Params.k_latent.offset :] for params in notes.params[-2:])
+        assert recognised == described
+        etap_rt.mla_decode(**on_gpu, out=out, lse=lse)
+        assert bytes(notes.params[-1])[Params.k_latent.offset :] == described
+        etap_rt.mla_decode(**on_gpu, out=out)
+        assert (notes.params[-1].out, notes.params[-1].lse) == (out.data_ptr(), 0)
+    assert len(notes.launches) == 24 and len(set(notes.launches)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "text"),
+    [
+        ("q", lambda x: x[:1], r"batch 1"),
+        ("kv_cache", lambda x: x.half(), "dtype float16"),
+        ("kv_cache", lambda x: torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape), "address 0x"),
+        ("block_table", lambda x: x.long(), "dtype int64"),
+        ("cache_seqlens", lambda x: x[:1], r"shape \(1,\)"),
+        ("out", lambda x: x.float(), "dtype float32"),
+        ("out", lambda x: torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape), "address 0x"),
+        ("lse", lambda x: x[:1], "shape"),
+        ("lse", lambda x: torch.zeros(4 * x.numel() + 2, dtype=torch.uint8)[2:-2], "dtype uint8"),
+    ],
+)
+def test_what_differs_from_a_call_that_was_seen_is_refused(
+    notes: DecodeNotes, name: str, spoil: Any, text: str
+) -> None:
+    call = {**arguments(), "out": torch.zeros(2, 1, 16, 512, dtype=torch.bfloat16), "lse": torch.zeros(2, 16, 1)}
+    on_gpu = {name: CudaTensor(x) if isinstance(x, torch.Tensor) else x for name, x in call.items()}
+    etap_rt.mla_decode(**on_gpu)
+    with pytest.raises(etap_rt.ArgumentError, match=text):
+        etap_rt.mla_decode(**{**on_gpu, name: CudaTensor(spoil(call[name]))})
+    with pytest.raises(etap_rt.ArgumentError, match="device cpu:0"):
+        etap_rt.mla_decode(**{**on_gpu, "cache_seqlens": call["cache_seqlens"].numpy()})
+    assert len(notes.launches) == 1
 
 
 def test_nobody_wants_an_lse_that_was_not_asked_for(notes: DecodeNotes) -> None:
@@ -213,6 +257,42 @@ def test_a_plan_runs_other_queries_into_its_own_outputs(notes: DecodeNotes) -> N
         assert plan.run(q) is plan.out
     assert [params.q_latent for params in notes.params] == [q.data_ptr() for q in queries]
     assert {(params.out, params.lse) for params in notes.params} == {(plan.out.data_ptr(), plan.lse.data_ptr())}
+
+
+def test_a_plan_launches_the_kernel_of_the_sources_of_its_run(notes: DecodeNotes, tmp_path: Path) -> None:
+    (tmp_path / "mla_decode.cu").write_text("// another")
+    call = arguments()
+    plan = etap_rt.plan_decode(**call)
+    for _ in range(2):
+        plan.run(call["q"])
+        with etap_rt.kernel_sources(tmp_path):
+            plan.run(call["q"])
+            plan.run(call["q"])
+    assert (len(notes.specs), len(notes.launches)) == (4, 6)
+
+
+def test_a_plan_launches_a_grid_for_the_sms_of_its_stream(notes: DecodeNotes, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = arguments()
+    plan = etap_rt.plan_decode(**call)
+    for sms in (SMS, 32, 32, SMS):
+        monkeypatch.setattr(driver, "stream_sm_count", lambda device, stream, sms=sms: sms)
+        plan.run(call["q"])
+    assert [grid for grid, *_ in notes.launches] == [SMS, 32, 32, SMS]
+
+
+def test_a_captured_run_of_a_plan_leaves_nothing_of_its_workspace_to_the_next(
+    notes: DecodeNotes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = arguments()
+    plan = etap_rt.plan_decode(**call)
+    memory = torch.zeros(1, dtype=torch.uint8)
+    monkeypatch.setattr(interop, "empty", lambda layout, owner, shape, dtype: memory)
+    captures = iter((0, 7, 0, 0))
+    monkeypatch.setattr(driver, "capturing", lambda device, stream: next(captures))
+    for _ in range(4):
+        plan.run(call["q"])
+    eager, captured, *others = [params.partial_stats for params in notes.params]
+    assert (captured, others, notes.early) == (memory.data_ptr(), [eager] * 2, 1)
 
 
 def test_a_plan_on_the_cpu_computes_what_a_call_computes() -> None:

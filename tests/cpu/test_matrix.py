@@ -21,10 +21,10 @@ matrix = import_tool("matrix")
 
 
 def library() -> str:
-    """The libnvrtc that CuPy has loaded."""
-    compiler.nvrtc_version()
+    """The libnvrtc that CuPy has loaded. There may be another one, of torch."""
+    major, _ = compiler.nvrtc_version()
     mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libnvrtc.so" in line}
-    return mapped.pop()
+    return next(path for path in mapped if f"libnvrtc.so.{major}" in path)
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_what_cannot_be_set_up_is_a_cell_that_failed(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(matrix, "uv", nothing)
     for cell in (
-        matrix.run_tests("python", "3.12", "3.12", "highest", ("test",), [], options(tmp_path)),
+        matrix.run_tests("python", "3.12", [], options(tmp_path), "3.12", *matrix.NEWEST),
         matrix.run_nvrtc("12.4", options(tmp_path)),
     ):
         assert not cell.passed and cell.result["error"] == "no network"
@@ -161,15 +161,13 @@ def test_environments_stay_only_where_they_are_wanted(
     monkeypatch.setattr(matrix, "uv", lambda *arguments: commands.append(arguments))
     monkeypatch.setattr(matrix, "versions", lambda python, checkout: {"python": "3.10.2"})
     monkeypatch.setattr(matrix, "pytest_outcome", lambda python, arguments, checkout: {"arguments": arguments})
-    cell = matrix.run_tests(
-        "libraries", "a b", "3.10", "lowest-direct", ("x", "y"), ["t"], options(tmp_path, keep=keep)
+    installed = ("3.10", "lowest-direct", ("x", "y"), ("torch>=9",))
+    cell = matrix.run_tests("libraries", "a b", ["t"], options(tmp_path, keep=keep), *installed)
+    assert cell.passed
+    assert cell.result["python"] == "3.10.2" and cell.result["arguments"] == ["-n", "2", "--dist", "loadfile", "t"]
+    assert " ".join(commands[0]).endswith(
+        f" --resolution lowest-direct --extra x --extra y -r {matrix.ROOT}/pyproject.toml torch>=9"
     )
-    assert (
-        cell.passed
-        and cell.result["python"] == "3.10.2"
-        and cell.result["arguments"] == ["-n", "2", "--dist", "loadfile", "t"]
-    )
-    assert commands[0][-8:-2] == ("--resolution", "lowest-direct", "--extra", "x", "--extra", "y")
     assert (tmp_path / "libraries-a-b").exists() == keep
 
 
@@ -220,3 +218,7 @@ def test_the_table_names_versions_and_counts() -> None:
         "| oldest | 3.10.2 | 1.24.0 |  |  |  | 1200 passed, 3 skipped |",
         "| Python 3.12 | 3.10.2 | 1.24.0 |  |  |  | 1200 passed, 2 failed, 3 skipped |",
     ]
+
+
+def test_the_table_of_the_readme_is_that_of_the_report() -> None:
+    assert matrix.table(matrix.read_report(matrix.REPORT)) in (matrix.ROOT / "README.md").read_text()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -126,15 +127,18 @@ RESULTS = {
     "CacheStats": ("total", "free", "used", "shared", "tokens", "bytes"),
     "SequenceTokens": ("latent", "rope"),
 }
+MADE_BY_DATACLASS = ("compat.flash_mla.FlashMLASchedMeta.__init__",)
 # Objects that `plan_decode` and not users make.
 NOT_CALLED_BY_USERS = ("DecodePlan.__init__",)
 
 # Parameters that take arrays, wherever they occur.
 ARRAYS = {"q", "kv_cache", "block_table", "cache_seqlens", "cu_seqlens_q", "out", "lse", "slots", "latent", "rope"}
+ARRAYS |= {"out_a", "lse_a", "out_b", "lse_b", "k_cache", "qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr"}
+ARRAYS |= {"q_nope", "q_pe", "ckv_cache", "kpe_cache"}
 SHAPE = re.compile(r"\((?:b|m|n|total_q|num_pages|num_layers)\b[^)]*,[^)]*\)|shape")
 DTYPE = re.compile(r"bfloat16|float16|float32|int32|dtype")
 ERROR = re.compile(r"\b[Rr]aises?\b")
-SAME_AS_DECODE = "`mla_decode`"
+SAME_AS_DECODE = re.compile(r"`(?:etap_rt\.)?mla_decode`(?:,| for| over| takes|'s)")
 
 
 def module_named(name: str) -> Any:
@@ -172,10 +176,17 @@ def describe(found: Any) -> str:
     return str(signature.replace(parameters=plain, return_annotation=inspect.Signature.empty))
 
 
+def public() -> Iterator[tuple[str, str, Any]]:
+    """Public names of all modules that can be imported here: module, name, object."""
+    for module in ("", *MODULES):
+        if not MODULES.get(module) or importlib.util.find_spec("torch"):
+            yield from ((module, name, found) for name, found in members(module))
+
+
 def functions() -> list[Any]:
     return [
-        pytest.param(name, found, id=name)
-        for name, found in members()
+        pytest.param(module, name, found, id=f"{module}.{name}".removeprefix("."))
+        for module, name, found in public()
         if callable(found) and not inspect.isclass(found)
     ]
 
@@ -206,42 +217,45 @@ def test_results_have_the_fields_that_were_promised() -> None:
     assert {name: getattr(kv_cache, name)._fields for name in RESULTS} == RESULTS
 
 
-@pytest.mark.parametrize(("name", "function"), functions())
-def test_every_parameter_and_result_has_a_type(name: str, function: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(("module", "name", "function"), functions())
+def test_every_parameter_and_result_has_a_type(module: str, name: str, function: Callable[..., Any]) -> None:
     signature = inspect.signature(function)
     for parameter in signature.parameters.values():
         assert parameter.name == "self" or parameter.annotation is not inspect.Parameter.empty, parameter.name
-    assert signature.return_annotation is not inspect.Signature.empty
+    if f"{module}.{name}" not in MADE_BY_DATACLASS:
+        assert signature.return_annotation is not inspect.Signature.empty
 
 
-@pytest.mark.parametrize("name", [name for name, found in members() if not name.endswith("__init__")])
-def test_everything_public_is_described(name: str) -> None:
-    found = dict(members())[name]
+@pytest.mark.parametrize(
+    ("name", "found"), [pytest.param(name, x, id=name) for _, name, x in public() if not name.endswith("__init__")]
+)
+def test_everything_public_is_described(name: str, found: Any) -> None:
     if describe(found) == "attribute":  # its class says what it is, or its name does
         return
     text = inspect.getdoc(found) or ""
-    assert text and text[0].isupper() and "." in text
+    assert re.match("[A-Z`]", text) and "." in text
 
 
-@pytest.mark.parametrize(("name", "function"), functions())
+@pytest.mark.parametrize(("module", "name", "function"), functions())
 def test_what_takes_arrays_tells_their_shapes_and_dtypes_and_the_errors(
-    name: str, function: Callable[..., Any]
+    module: str, name: str, function: Callable[..., Any]
 ) -> None:
     arrays = ARRAYS & inspect.signature(function).parameters.keys()
-    if not arrays or name.endswith("__init__"):
+    if not arrays:
         return
     class_name, _, method = name.rpartition(".")
-    text = inspect.getdoc(function) or ""
-    about_errors = text + (inspect.getdoc(getattr(etap_rt, class_name)) or "" if method and class_name else "")
-    assert ERROR.search(about_errors)
-    if SAME_AS_DECODE in text:
+    of_class = inspect.getdoc(getattr(module_named(module), class_name)) or "" if class_name else ""
+    text = of_class if method == "__init__" else inspect.getdoc(function) or ""
+    assert ERROR.search(text + of_class)
+    if SAME_AS_DECODE.search(text):
         return
     for array in arrays:
         assert re.search(rf"\b{array}\b|`{array}`", text), f"{array} is not described"
     assert SHAPE.search(text) and DTYPE.search(text)
     if "Args:" in text:
-        described = set(re.findall(r"^ {4}(\w+(?:, \w+)*):", text, re.MULTILINE))
-        names = {name for group in described for name in group.split(", ")}
+        described = set(re.findall(r"^ {4,8}(\w+(?:,\s+\w+)*):", text, re.MULTILINE))
+        described |= set(re.findall(r"(?<=\. )(\w+):", text))
+        names = {name for group in described for name in re.split(r",\s+", group)}
         assert names - {"Returns", "Raises"} >= inspect.signature(function).parameters.keys() - {"self"}
 
 

@@ -49,7 +49,7 @@ def test_operators_compute_what_mla_decode_computes(case: Case) -> None:
     assert OPERATORS.mla_decode_out(*inputs, out, lse, **options) is None
     assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
     out.zero_()
-    OPERATORS.mla_decode_out(*inputs, out, **options)
+    OPERATORS.mla_decode_out(*inputs, out, None, **options)
     assert torch.equal(out, expected)
 
 
@@ -74,7 +74,7 @@ def test_opcheck_passes(case: Case) -> None:
     inputs, options = operator_arguments(call)
     torch.library.opcheck(OPERATORS.mla_decode.default, inputs, options)
     torch.library.opcheck(OPERATORS.mla_decode_out.default, (*inputs, out, lse), options)
-    torch.library.opcheck(OPERATORS.mla_decode_out.default, (*inputs, out), options)
+    torch.library.opcheck(OPERATORS.mla_decode_out.default, (*inputs, out, None), options)
 
 
 @pytest.mark.parametrize("case", OP_CASES, ids=str)

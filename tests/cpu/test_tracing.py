@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -24,6 +26,22 @@ def test_arrays_on_the_cpu_are_refused() -> None:
     table, lengths = np.zeros((1, 1), np.int32), np.ones(1, np.int32)
     with pytest.raises(etap_rt.UnsupportedError, match="tracing on the CPU"):
         etap_rt.trace_decode(q, cache, table, lengths, softmax_scale=0.1)
+
+
+@pytest.mark.parametrize(
+    ("runs", "error", "message"),
+    [
+        (0, etap_rt.ArgumentError, "runs: got 0, accepted is at least 1"),
+        ("2", etap_rt.ArgumentTypeError, "runs: got '2', accepted is an int"),
+        (True, etap_rt.ArgumentTypeError, "runs: got True, accepted is an int"),
+    ],
+)
+def test_runs_that_cannot_be_counted_are_refused(runs: Any, error: type[Exception], message: str) -> None:
+    q, cache = np.zeros((1, 1, 16, 576), np.float16), np.zeros((1, 64, 576), np.float16)
+    table, lengths = np.zeros((1, 1), np.int32), np.ones(1, np.int32)
+    with pytest.raises(error) as caught:
+        etap_rt.trace_decode(q, cache, table, lengths, softmax_scale=0.1, runs=runs)
+    assert str(caught.value) == message
 
 
 def test_the_kernel_that_traces_is_another_one_and_spills_nothing() -> None:

@@ -1,7 +1,7 @@
 """Small decodes for compute-sanitizer, with CuPy alone: python -m tests.gpu.sanitizer_cases
 
-Run by test_decode.py under the sanitizer's tools, which slow a kernel down a hundredfold: so little of everything that
-differs in the compiled code (row tile, dims, dtype) or in the way through it (pages, loads of q, shared units, lists).
+Run by test_sanitizer.py under the sanitizer's tools, which slow a kernel down a hundredfold: so little of everything
+that differs in the way through a kernel (pages, loads of q, shared units, lists), and then every kernel once.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import cupy
 import numpy as np
 
-from etap_rt import PagedKVCache, decode, merge_states, mla_decode
+from etap_rt import PagedKVCache, compiler, decode, merge_states, mla_decode
+from etap_rt.kernels import DIMS, ELEMENT_TYPES, STATE_TYPES, all_specs
+from etap_rt.schedule import ROW_TILES
 from tests.cache_model import host, to_cupy
-from tests.cases import Case, assert_close, prepared
+from tests.cases import NUMPY_DTYPES, Case, assert_close, prepared
 
 SHARED_BY_ALL = Case("16 rows, one unit of all lanes", dtype="float16", lengths=(9000,))
 CASES = (
@@ -29,6 +31,13 @@ CASES = (
     Case("strided", strided=True, s_q=2, heads=3, lengths=(0, 65, 300)),
     Case("ragged", queries=(1, 0, 3, 2), lengths=(64, 65, 1, 500)),
     Case("ragged, page lists, 64 rows", queries=(2, 5, 0), csr=True, lengths=(3, 300, 9), heads=32, page_size=16),
+    *(
+        Case(f"{dtype}, {dim}, {rows} rows, pages of {size}", dtype, dim, (65, 3), rows, page_size=size)
+        for dtype in ELEMENT_TYPES
+        for dim, _ in DIMS
+        for rows in ROW_TILES
+        for size in (16, 64)
+    ),
 )
 
 
@@ -51,8 +60,10 @@ def check_cache() -> None:
     q = cupy.ones((2, 1, 16, 576), dtype=cupy.float16)
     inputs = (q, cache.pages(0), batch.block_table, batch.cache_seqlens)
     out, lse = mla_decode(*inputs, softmax_scale=0.05, return_lse=True)
-    merged, _ = merge_states(out, lse, out, lse)
-    np.testing.assert_allclose(host(merged), host(out), rtol=2e-3)
+    for dtype in STATE_TYPES:
+        state = to_cupy(host(out).astype(NUMPY_DTYPES.get(dtype, np.float32)))
+        merged, _ = merge_states(state, lse, state, lse)
+        np.testing.assert_allclose(host(merged).astype(np.float32), host(out).astype(np.float32), rtol=1e-2)
     print("cache and states: as expected")
 
 
@@ -64,6 +75,8 @@ def main() -> None:
         decode.PATIENCE = patience
         check(SHARED_BY_ALL)
     check_cache()
+    missing = set(all_specs()) - {spec for spec, *_ in compiler._loaded}
+    assert not missing, f"no case runs {', '.join(map(str, missing))}"
 
 
 if __name__ == "__main__":

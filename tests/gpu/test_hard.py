@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
 
 from etap_rt import ArgumentError, PagedKVCache, mla_decode, plan_decode
 from tests.cases import DEEPSEEK_SCALE
@@ -27,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 FUZZ_SECONDS = 60
 FUZZ_SEED = 1_000_000
 FEWEST_CASES = 300
+DRAWN_CASES = 200
 CALLS, WARM_UP_CALLS = 10_000, 5_000  # by then every table that is emptied when full has been full
 ACCEPTED_GROWTH_BYTES = 16 << 20  # of the host, of which Python and the driver give nothing back
 REPLAYS = 10_000
@@ -99,6 +101,22 @@ def test_a_minute_of_random_problems(record_property: Record) -> None:
     for name in ("cases", "runs", "tokens", "seconds", "worst", "seen"):
         record_property(f"fuzz_{name}", summary[name])
     assert summary["cases"] >= FEWEST_CASES
+
+
+def test_problems_that_hypothesis_draws(record_property: Record) -> None:
+    """Fewer than the fuzzer tries, but one that fails is shrunk to a small one."""
+    from tests.drawn_cases import PATIENT, cases, fuzz
+
+    runs: list[int] = []
+
+    @settings(PATIENT, max_examples=DRAWN_CASES, database=None)
+    @given(cases("cuda"))
+    def decode(case: Any) -> None:
+        runs.append(fuzz.run_case(case, "cuda", None)[0])
+
+    decode()
+    record_property("drawn_cases", len(runs))
+    record_property("drawn_runs", sum(runs))
 
 
 # ---- Memory ----

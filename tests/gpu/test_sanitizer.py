@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from etap_rt.compiler import compile_specs
+from etap_rt.kernels import all_specs
 from tests.gpu import sanitizer_cases
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +38,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[R
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not on PATH")
+    compile_specs(all_specs())  # all cores do it once, so that the processes below find them on disk
     directory = tmp_path_factory.mktemp("sanitizer")
     started = {}
     for tool, options in TOOLS.items():
