@@ -14,12 +14,13 @@
 // Shared memory               written by                read by               between them
 //   ring[slot]                producer                  wgmma                 chunk_full (bytes, or lanes of the producing
 //                                                                             warp), chunk_empty (4 warps)
-//   q                         warpgroup 0               wgmma                 CONSUMER_BARRIER, SEGMENT_BARRIER
+//   q                         warpgroup 0               wgmma                 CONSUMER_BARRIER, q_empty (everyone below)
 //   p[w]                      warpgroup w               wgmma of both         p_full[w] (7 threads); free again because w
 //                                                                             waits for the other's next P^T first
 //   reference, factor[w],     warpgroup w               both                  p_full[w]
 //   rescale[w]
-//   sums (where q was)        both warpgroups           both, coordinator     SEGMENT_BARRIER
+//   sums (where q was)        both warpgroups           both, coordinator     sums_full (256 threads), q_empty (256 threads
+//                                                                             and the coordinator's 32)
 //   start                     coordinator               everyone              __syncthreads
 //   shared_units, arrivals    coordinator               both                  unit_known, met (the coordinator's first lane)
 //   shares (ring)             both warpgroups           both                  CONSUMER_BARRIER
@@ -65,7 +66,6 @@ constexpr int PRODUCER_REGISTERS = ROWS <= 32 ? 56 : 40;
 constexpr int CONSUMER_REGISTERS = ROWS <= 32 ? 224 : 232;
 constexpr int WARPGROUP_BARRIER = 1;  // named barrier of one warpgroup: + its number
 constexpr int CONSUMER_BARRIER = 3;   // of both
-constexpr int SEGMENT_BARRIER = 4;    // of both and the coordinator: when a segment ends and before the next one begins
 
 // P may exceed 1 by this many powers of two before the columns are rescaled. Not in fp16, which is for accuracy: the heaviest
 // weight is then exactly 1, without a rounding error (rmse, 16 requests of 4K: 1.07 times that of rounding the result; with
@@ -319,7 +319,7 @@ struct SharedUnit {
 
 constexpr int SHARED_LIMIT = 232448;
 constexpr int FIXED_BYTES =
-    TILE_CHUNKS * Q_CHUNK_BYTES + 2 * P_BYTES + sizeof(Statistics) + sizeof(Start) + 2 * sizeof(SharedUnit) + 7 * 8;
+    TILE_CHUNKS * Q_CHUNK_BYTES + 2 * P_BYTES + sizeof(Statistics) + sizeof(Start) + 2 * sizeof(SharedUnit) + 9 * 8;
 constexpr int SLOTS = (SHARED_LIMIT - FIXED_BYTES) / (CHUNK_BYTES + 2 * 8);
 // Chunks of its next tile that a warpgroup multiplies before it turns to the tile in between: products for the time of the
 // other's softmax, but with 64 rows the tile in between holds half of the ring and should not wait for the last of them.
@@ -335,6 +335,7 @@ struct Shared {
     u64 chunk_empty[SLOTS];
     u64 p_full[2];
     u64 unit_known[2], met[2];
+    u64 sums_full, q_empty;
     Start start;
     SharedUnit shared_units[2];
     u32 arrivals[2];  // of the shared units, as the coordinator saw them last
@@ -369,6 +370,10 @@ __device__ __forceinline__ void init_barriers(const Params& p, Shared& s, int wa
         mbarrier_init(shared_address(&s.p_full[w]), 4 + 3);
         mbarrier_init(shared_address(&s.unit_known[w]), 1);
         mbarrier_init(shared_address(&s.met[w]), 1);
+    }
+    if (warp == COORDINATOR_WARP) {
+        mbarrier_init(shared_address(&s.sums_full), CONSUMERS);
+        mbarrier_init(shared_address(&s.q_empty), CONSUMERS + 32);
     }
     mbarrier_init_fence();
 }
@@ -903,11 +908,9 @@ __device__ __forceinline__ float column_sum(const ColumnSums& sums, int column) 
 
 __device__ __forceinline__ float inverse(float sum) { return sum == 0.0f ? 0.0f : __fdividef(1.0f, sum); }
 
-__device__ __forceinline__ void segment_barrier() { named_barrier<SEGMENT_BARRIER, CONSUMERS + 32>(); }
-
 // Ends a segment: O^T goes out as a partial result, or as the result once the sums of all warps have come together.
-__device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, const RowTile& rows, int lane,
-                                               int row_group) {
+__device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, const RowTile& rows, int lane, int row_group,
+                                               u32 phase) {
     const Params& p = c.p;
     Shared& s = c.s;
     const bool whole = walk.whole();
@@ -937,8 +940,9 @@ __device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, co
 #pragma unroll
             for (int e = 0; e < 2; ++e) reinterpret_cast<float*>(sums[c.column(g, e)])[threadIdx.x / 32] = c.sums[g][e];
     }
-    segment_barrier();
+    mbarrier_arrive(shared_address(&s.sums_full));
     if (whole) {
+        mbarrier_wait(shared_address(&s.sums_full), phase);
 #pragma unroll
         for (int g = 0; g < COLUMN_GROUPS; ++g) {
             const float even = inverse(column_sum(sums, c.column(g, 0))), odd = inverse(column_sum(sums, c.column(g, 1)));
@@ -1158,8 +1162,9 @@ __device__ __forceinline__ void coordinate(const Params& p, Shared& s, Walk walk
     const int l = threadIdx.x % 32;
     const ColumnSums& sums = reinterpret_cast<const ColumnSums&>(s.q);
     int units = 0;
-    for (bool first = true; walk.active(); walk.next(p, s.start), first = false) {
-        if (!first) segment_barrier();
+    u32 phase = 0;
+    for (bool first = true; walk.active(); walk.next(p, s.start), first = false, phase ^= 1) {
+        if (!first) mbarrier_arrive(shared_address(&s.q_empty));
         SharedUnit unit;
         if (!walk.whole()) {
             unit = shared_unit(p, s.start, walk, lane);
@@ -1169,7 +1174,7 @@ __device__ __forceinline__ void coordinate(const Params& p, Shared& s, Walk walk
             }
             __syncwarp();
         }
-        segment_barrier();
+        mbarrier_wait(shared_address(&s.sums_full), phase);
         if (!walk.whole()) {
             const int slot = partial_slot(p, lane, walk.starts(), row_group);
             for (int n = l; n < ROWS; n += 32)
@@ -1209,17 +1214,22 @@ __device__ __forceinline__ void consume(const Params& p, Shared& s, Walk walk, i
     Consumer c(p, s);
     // A lane shares at most two units: the one it starts in the middle of and the one it does not finish.
     int shared_units = 0;
-    for (bool first = true; walk.active(); walk.next(p, s.start), first = false) {
+    u32 phase = 0;
+    for (bool first = true; walk.active(); walk.next(p, s.start), first = false, phase ^= 1) {
         const RowTile rows = row_tile_of(p, walk.request, walk.pass, row_group);
-        if (!first) segment_barrier();  // the sums of the last one have been read
-        if (c.warpgroup == 0) c.load_queries(walk.request, rows);
+        if (!first) mbarrier_arrive(shared_address(&s.q_empty));
+        if (c.warpgroup == 0) {
+            if (!first) mbarrier_wait(shared_address(&s.q_empty), phase ^ 1);
+            c.load_queries(walk.request, rows);
+        }
         c.clear();
         named_barrier<CONSUMER_BARRIER, CONSUMERS>();
         if (walk.key_tiles() > 0) c.run_tiles(walk, rows);
         trace(p, TRACE_LAST_TILE);
-        finish_segment(c, walk, rows, lane, row_group);
+        finish_segment(c, walk, rows, lane, row_group, phase);
         shared_units += !walk.whole();
     }
+    if (shared_units > 0) mbarrier_wait(shared_address(&s.sums_full), phase ^ 1);  // nobody multiplies any more
 #pragma unroll 1
     for (int i = 0; i < shared_units; ++i) merge_unit(p, s, i, lane, row_group);
 }

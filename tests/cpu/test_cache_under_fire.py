@@ -93,6 +93,12 @@ def replace_by_pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
+def change_log(record: Path) -> None:
+    content = json.loads(record.read_text())
+    content["record"]["log"] += "more"
+    record.write_text(json.dumps(content))
+
+
 DAMAGES: dict[str, Callable[[Path, Path], object]] = {
     "cubin cut off": lambda cubin, record: cubin.write_bytes(cubin.read_bytes()[:-100]),
     "cubin empty": lambda cubin, record: cubin.write_bytes(b""),
@@ -108,7 +114,7 @@ DAMAGES: dict[str, Callable[[Path, Path], object]] = {
     "record of another kind": lambda cubin, record: record.write_text("[1, 2]"),
     "record without a cubin": lambda cubin, record: record.write_text('{"checksum": "", "record": {}}'),
     "record a pipe": lambda cubin, record: replace_by_pipe(record),
-    "log changed": lambda cubin, record: record.write_text(record.read_text().replace("registers", "Registers")),
+    "log changed": lambda cubin, record: change_log(record),
 }
 
 

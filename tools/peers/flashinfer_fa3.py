@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from peers import Inputs, version_of, why_no_gpu, why_not_importable
+from etap_rt import driver
+from peers import Inputs, Unsuitable, version_of, why_no_gpu, why_not_importable
 
 name = "FlashInfer fa3"
 WORKSPACE_BYTES = 128 << 20
@@ -24,15 +25,17 @@ def prepare(inputs: Inputs) -> Callable[[], Any]:
     import torch
     from flashinfer.mla import BatchMLAPagedAttentionWrapper
 
+    device, stream = inputs.q.device.index, torch.cuda.current_stream().cuda_stream
+    if driver.stream_sm_count(device, stream) < driver.sm_count(device):
+        raise Unsuitable("its launch is cooperative, with a CTA for each SM of the whole GPU")
     batch, s_q, heads, dims = inputs.q.shape
     latent_dim = inputs.latent_dim
-    device = inputs.q.device
     counts = [-(-length // inputs.page_size) for length in inputs.lengths]
-    page_starts = torch.tensor([0, *counts], device=device).cumsum(0).int()
+    page_starts = torch.tensor([0, *counts], device=inputs.q.device).cumsum(0).int()
     pages = torch.cat([inputs.block_table[request, :count] for request, count in enumerate(counts)])
-    starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * s_q
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=inputs.q.device) * s_q
     wrapper = BatchMLAPagedAttentionWrapper(
-        torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device), backend="fa3"
+        torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=inputs.q.device), backend="fa3"
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # 0.7 has new names for these; older ones know only these
