@@ -25,8 +25,7 @@ def prepare(inputs: Inputs) -> Callable[[], Any]:
     import torch
     from flashinfer.mla import BatchMLAPagedAttentionWrapper
 
-    device, stream = inputs.q.device.index, torch.cuda.current_stream().cuda_stream
-    if driver.stream_sm_count(device, stream) < driver.sm_count(device):
+    if inputs.q.is_cuda and _sms_are_missing(inputs.q.device.index):
         raise Unsuitable("its launch is cooperative, with a CTA for each SM of the whole GPU")
     batch, s_q, heads, dims = inputs.q.shape
     latent_dim = inputs.latent_dim
@@ -66,3 +65,9 @@ def prepare(inputs: Inputs) -> Callable[[], Any]:
         warnings.simplefilter("ignore", DeprecationWarning)
         call()  # it warns once
     return call
+
+
+def _sms_are_missing(device: int) -> bool:
+    import torch
+
+    return driver.stream_sm_count(device, torch.cuda.current_stream().cuda_stream) < driver.sm_count(device)
