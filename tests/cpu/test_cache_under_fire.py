@@ -498,7 +498,8 @@ def test_temporary_files_of_killed_processes_go_and_those_of_living_ones_stay(ca
 # ---- Many processes ----
 
 WRITER = """
-import hashlib, importlib.util, random, sys
+import hashlib, importlib.util, random, sys, warnings
+warnings.filterwarnings("ignore", "compiled kernels cannot be kept")  # when others clear the cache twice in one store
 spec = importlib.util.spec_from_file_location("disk_cache", sys.argv[1])
 disk_cache = sys.modules["disk_cache"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(disk_cache)
@@ -579,7 +580,7 @@ def test_writers_that_are_killed_at_any_moment_leave_no_partial_file(
             running[index] = start(WRITER, module, str(killed + 16), "for ever")
             await_ready(running[index])
         for process in running:
-            assert process.poll() is None, "those that were not killed are still at work"
+            assert process.poll() is None, f"not killed, and still it ended: {process.communicate()[1]}"
             process.kill()
             assert process.communicate()[1] == ""
     finally:
