@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,6 @@ REPLAYS = 10_000
 BUSY_RUNS = 100
 
 Record = Callable[[str, object], None]
-
-
-@pytest.fixture(autouse=True)
-def finished() -> Iterator[None]:
-    """Errors of the GPU belong to the test that caused them."""
-    yield
-    torch.cuda.synchronize()
 
 
 def run_alone(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
