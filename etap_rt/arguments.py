@@ -12,7 +12,7 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 from etap_rt.errors import ArgumentError, ArgumentTypeError
 from etap_rt.interop import Array, Layout, describe, remember, tensor_signature, to_host
@@ -122,7 +122,7 @@ class Call(NamedTuple):
 
 
 _problems: dict[tuple[Any, ...], Problem] = {}
-# Of calls whose four inputs are tensors on the GPU, by what these and given outputs look like.
+# Of calls whose four inputs are tensors on the GPU, by what these and given outputs look like: see `recognise`.
 _recognised: dict[Any, Problem] = {}
 
 
@@ -142,52 +142,34 @@ def check(
 
     Raises ArgumentError or ArgumentTypeError for the first argument that is not acceptable.
     """
-    if type(softmax_scale) is not float or not 0.0 < softmax_scale <= MAX_SCALE:
-        check_scale(softmax_scale)
-    if causal is not True and causal is not False:
-        raise ArgumentTypeError("causal", repr(causal), "True or False")
-    signature = None
+    check_options(softmax_scale, causal)
+    known = None
     if cu_seqlens_q is None:
-        signature, at = tensor_signature(q, kv_cache, block_table, cache_seqlens)
-        out_array = lse_array = None
-        out_at = lse_at = 0
-        if signature is not None and out is not None:
-            out_array = describe(out, "out")
-            signature, out_at = (signature, out_array.layout), out_array.pointer
-        if signature is not None and lse is not None:
-            lse_array = describe(lse, "lse")
-            signature, lse_at = (signature, lse_array.layout, "lse"), lse_array.pointer
-        known = _recognised.get(signature)
-        if known is not None:
-            q_at, cache_at, table_at, lengths_at = at
-            if not (
-                q_at % ELEMENT_BYTES
-                or cache_at % CACHE_ALIGNMENT
-                or out_at % OUT_ALIGNMENT
-                or (table_at | lengths_at | lse_at) % 4
-            ):
-                latent_bytes = known.latent_dim * ELEMENT_BYTES
-                return Call(
-                    known,
-                    q_at,
-                    q_at + latent_bytes,
-                    cache_at,
-                    cache_at + latent_bytes,
-                    table_at,
-                    lengths_at,
-                    0,
-                    0,
-                    0,
-                    (Array(known.like, q_at, q),),
-                    (kv_cache,),
-                    block_table,
-                    cache_seqlens,
-                    None,
-                    None,
-                    out_array,
-                    lse_array,
-                    lse_form,
-                )
+        known = recognise(q, kv_cache, block_table, cache_seqlens, out, lse)
+    if known is not None:
+        known_problem, (q_at, cache_at, table_at, lengths_at), out_array, lse_array = known
+        latent_bytes = known_problem.latent_dim * ELEMENT_BYTES
+        return Call(
+            known_problem,
+            q_at,
+            q_at + latent_bytes,
+            cache_at,
+            cache_at + latent_bytes,
+            table_at,
+            lengths_at,
+            0,
+            0,
+            0,
+            (Array(known_problem.like, q_at, q),),
+            (kv_cache,),
+            block_table,
+            cache_seqlens,
+            None,
+            None,
+            out_array,
+            lse_array,
+            lse_form,
+        )
     q_arrays = _describe_parts(q, "q")
     cache_arrays = _describe_parts(kv_cache, "kv_cache")
     if isinstance(block_table, (tuple, list)):
@@ -223,8 +205,10 @@ def check(
         q_layouts, cache_layouts = [a.layout for a in q_arrays], [a.layout for a in cache_arrays]
         problem = _check_layouts(q_layouts, cache_layouts, table.layout, *key[6:])
         remember(_problems, key, problem)
-    if signature is not None:
-        remember(_recognised, signature, problem)
+    if cu_seqlens_q is None and problem.total_q:
+        signature, _ = tensor_signature(q, kv_cache, block_table, cache_seqlens)
+        if signature is not None:
+            remember(_recognised, _with_outputs(signature, out_array, lse_array), problem)
 
     call = Call(
         problem,
@@ -258,6 +242,47 @@ def check(
     if lse_array is not None and (lse_array.pointer % 4 or not _writeable(lse_array)):
         _refuse_output("lse", lse_array, 4)
     return call
+
+
+# A problem, the addresses of q, kv_cache, block_table and cache_seqlens, and out and lse as far as they are given.
+Recognised: TypeAlias = tuple[Problem, tuple[int, int, int, int], Array | None, Array | None]
+
+
+def recognise(q: Any, kv_cache: Any, block_table: Any, cache_seqlens: Any, out: Any, lse: Any) -> Recognised | None:
+    """Tensors on the GPU that look like those of an earlier call, which `check` accepted; None for anything else.
+
+    What it finds, `check` would accept as well, after three times as long.
+    """
+    signature, at = tensor_signature(q, kv_cache, block_table, cache_seqlens)
+    if signature is None:
+        return None
+    out_array = lse_array = None
+    out_at = lse_at = 0
+    if out is not None:
+        out_array = describe(out, "out")
+        out_at = out_array.pointer
+    if lse is not None:
+        lse_array = describe(lse, "lse")
+        lse_at = lse_array.pointer
+    problem = _recognised.get(_with_outputs(signature, out_array, lse_array))
+    if problem is None:
+        return None
+    q_at, cache_at, table_at, lengths_at = at
+    if (
+        q_at % ELEMENT_BYTES
+        or cache_at % CACHE_ALIGNMENT
+        or out_at % OUT_ALIGNMENT
+        or (table_at | lengths_at | lse_at) % 4
+    ):
+        return None
+    return problem, at, out_array, lse_array
+
+
+def _with_outputs(signature: Any, out: Array | None, lse: Array | None) -> Any:
+    """The key of `_recognised`: what inputs look like and, if they are given, outputs."""
+    if out is None and lse is None:
+        return signature
+    return signature, None if out is None else out.layout, None if lse is None else lse.layout
 
 
 def check_queries(call: Call, q: Any) -> tuple[tuple[Array, ...], int, int]:
@@ -374,6 +399,14 @@ def _describe_page_list(x: tuple[Any, ...] | list[Any]) -> tuple[Array, Array]:
 def _page_list_key(indices: Layout) -> tuple[Any, ...]:
     """What a problem depends on of a page list: all but the number of entries."""
     return indices.dtype, indices.device_type, indices.device, indices.strides, indices.shape > (1,)
+
+
+def check_options(softmax_scale: Any, causal: Any) -> None:
+    """Raise unless they are what mla_decode takes."""
+    if type(softmax_scale) is not float or not 0.0 < softmax_scale <= MAX_SCALE:
+        check_scale(softmax_scale)
+    if causal is not True and causal is not False:
+        raise ArgumentTypeError("causal", repr(causal), "True or False")
 
 
 def check_scale(scale: Any, name: str = "softmax_scale") -> None:

@@ -9,8 +9,8 @@ import threading
 from typing import Any
 
 from etap_rt import arguments, compiler, driver, interop, reference
-from etap_rt.arguments import ELEMENT_BYTES, Call, Problem
-from etap_rt.interop import Array
+from etap_rt.arguments import ELEMENT_BYTES, NATURAL, Call, LseForm, Problem, Recognised
+from etap_rt.interop import Array, Layout
 from etap_rt.kernels import decode_spec
 from etap_rt.schedule import TILE_KEYS, Grid, plan_grid
 from etap_rt.workspace import Workspace, workspace_for
@@ -85,9 +85,16 @@ def mla_decode(
 
     Source: FlashMLA-ETAP, arXiv 2506.01969, section 3 (transposed attention pipeline).
     """
-    call = arguments.check(q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, out, lse, cu_seqlens_q)
-    out, lse = make_outputs(call, out, lse, return_lse)
-    run(call, out, lse, softmax_scale, causal)
+    arguments.check_options(softmax_scale, causal)
+    known = None
+    if cu_seqlens_q is None:
+        known = arguments.recognise(q, kv_cache, block_table, cache_seqlens, out, lse)
+    if known is not None:
+        out, lse = _run_recognised(known, q, out, lse, return_lse, softmax_scale, causal)
+    else:
+        call = arguments.check(q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, out, lse, cu_seqlens_q)
+        out, lse = make_outputs(call, out, lse, return_lse)
+        run(call, out, lse, softmax_scale, causal)
     return (out, lse) if return_lse else out
 
 
@@ -120,13 +127,14 @@ class DecodePlan:
     `out` and `lse` are the arrays that it writes; `lse` is None when it was neither given nor asked for.
     """
 
-    __slots__ = ("_call", "_causal", "_launch", "_softmax_scale", "lse", "out")
+    __slots__ = ("_call", "_causal", "_launch", "_look", "_softmax_scale", "lse", "out")
 
     def __init__(self, call: Call, out: Any, lse: Any, softmax_scale: float, causal: bool) -> None:
         self._call = call
         self._softmax_scale = softmax_scale
         self._causal = causal
-        self._launch: Launch | None = None  # the plan's own: from its first run on the parameter holds all but q
+        self._look = None if call.problem.split_q else interop.tensor_look(call.q[0])
+        self._launch: Launch | None = None  # the plan's own: the parameter holds all but q and the workspace
         self.out = out
         self.lse = lse
 
@@ -135,31 +143,58 @@ class DecodePlan:
 
         The work is ordered on the current stream of q's library. Raises ArgumentError when q is laid out otherwise.
         """
-        arrays, latent, rope = arguments.check_queries(self._call, q)
-        problem, layout = self._call.problem, arrays[0].layout
-        if problem.device_type == "cpu" or problem.total_q == 0:
-            call = self._call._replace(q=arrays, q_latent=latent, q_rope=rope)
-            run(call, self.out, self.lse, self._softmax_scale, self._causal)
-            return self.out
-        stream = interop.current_stream(layout)
-        sms, launch = driver.stream_sm_count(problem.device, stream), self._launch
-        if launch is not None and launch.sms == sms and launch.source == compiler.source_key():
-            launch.run_again(arrays[0], latent, rope, stream)
-            return self.out
-        launch = Launch(problem, sms)
-        call = self._call._replace(q=arrays, q_latent=latent, q_rope=rope)
-        launch.run(call, *addresses(call, self.out, self.lse), self._softmax_scale, self._causal, stream)
-        self._launch = launch  # only now: another thread may be on its way to `run_again`
+        call = self._call
+        problem = call.problem
+        latent = interop.tensor_address(q, self._look)
+        rope = latent + problem.latent_dim * ELEMENT_BYTES
+        if latent == 0 or latent % ELEMENT_BYTES:  # not packed in a tensor on the GPU, or not as planned
+            arrays, latent, rope = arguments.check_queries(call, q)
+            if problem.device_type == "cpu" or problem.total_q == 0:
+                call = call._replace(q=arrays, q_latent=latent, q_rope=rope)
+                run(call, self.out, self.lse, self._softmax_scale, self._causal)
+                return self.out
+        stream = interop.current_stream(problem.like)
+        capture, sms = driver.stream_state(problem.device, stream)
+        launch = self._launch
+        if launch is None or launch.sms != sms or launch.source != compiler.source_key():
+            launch = Launch(problem, sms)
+            places = _places(call, *_output_places(call, self.out, self.lse))
+            launch.fill(places, self._softmax_scale, self._causal, call.lse_form, call.page_count)
+            self._launch = launch  # only now: other threads may be about to launch it
+        with launch.lock:
+            launch.replace_queries(latent, rope)
+            launch.start(stream, capture, call.q[0].owner)
         return self.out
 
 
 def make_outputs(call: Call, out: Any, lse: Any, return_lse: bool) -> tuple[Any, Any]:
     """`out` and `lse`, made where they are needed and not given."""
-    problem, like = call.problem, call.q[0]
+    return _make_outputs(call.problem, call.q[0].owner, out, lse, return_lse)
+
+
+def _make_outputs(problem: Problem, q: Any, out: Any, lse: Any, return_lse: bool) -> tuple[Any, Any]:
     if out is None:
-        out = interop.empty(problem.like, like.owner, problem.out_shape, problem.element)
+        out = interop.empty(problem.like, q, problem.out_shape, problem.element)
     if lse is None and return_lse:
-        lse = interop.empty(problem.like, like.owner, problem.lse_shape, "float32")
+        lse = interop.empty(problem.like, q, problem.lse_shape, "float32")
+    return out, lse
+
+
+def _run_recognised(
+    known: Recognised, q: Any, out: Any, lse: Any, return_lse: bool, softmax_scale: float, causal: bool
+) -> tuple[Any, Any]:
+    """`check`, `make_outputs` and `run` in one for what `recognise` found, without a `Call`; returns the outputs."""
+    problem, (q_at, cache_at, table, lengths), given_out, given_lse = known
+    out, lse = _make_outputs(problem, q, out, lse, return_lse)
+    like, rope = problem.like, problem.latent_dim * ELEMENT_BYTES
+    out_at, lse_at = _place(like, out, given_out), _place(like, lse, given_lse)
+    places = (cache_at, cache_at + rope, q_at, q_at + rope, out_at, lse_at, table, lengths, 0, 0)
+    stream = interop.current_stream(like)
+    capture, sms = driver.stream_state(problem.device, stream)
+    launch = _launch_for(problem, sms)
+    with launch.lock:
+        launch.fill(places, softmax_scale, causal)
+        launch.start(stream, capture, q)
     return out, lse
 
 
@@ -175,16 +210,28 @@ def run(call: Call, out: Any, lse: Any, softmax_scale: float, causal: bool) -> N
         reference.decode_tiled(call, softmax_scale, causal)
         return
     stream = interop.current_stream(layout)
-    sms = driver.stream_sm_count(problem.device, stream)
-    _launch_for(problem, sms).run(call, *addresses(call, out, lse), softmax_scale, causal, stream)
+    capture, sms = driver.stream_state(problem.device, stream)
+    launch = _launch_for(problem, sms)
+    launch.run(call, *_output_places(call, out, lse), softmax_scale, causal, stream, capture)
 
 
-def addresses(call: Call, out: Any, lse: Any) -> tuple[int, int]:
-    """Where `out` and `lse`, those of `make_outputs`, are on the GPU; 0 for an lse that nobody wants."""
-    layout = call.q[0].layout
-    out_address = interop.address(layout, out) if call.out is None else call.out.pointer
-    lse_address = 0 if lse is None else interop.address(layout, lse) if call.lse is None else call.lse.pointer
-    return out_address, lse_address
+def _places(call: Call, out: int, lse: int) -> tuple[int, ...]:
+    """Addresses of a call's arrays in the order of Params; `out` and `lse` are such already."""
+    inputs = call.block_table, call.cache_seqlens, call.cu_seqlens_q, call.page_indptr
+    return call.cache_latent, call.cache_rope, call.q_latent, call.q_rope, out, lse, *inputs
+
+
+def _output_places(call: Call, out: Any, lse: Any) -> tuple[int, int]:
+    """Addresses of `out` and `lse`, which are those of `make_outputs`."""
+    like = call.problem.like
+    return _place(like, out, call.out), _place(like, lse, call.lse)
+
+
+def _place(like: Layout, output: Any, given: Array | None) -> int:
+    """The address of an output, 0 for an lse that nobody wants."""
+    if output is None:
+        return 0
+    return interop.address(like, output) if given is None else given.pointer
 
 
 class Params(ctypes.Structure):
@@ -231,6 +278,7 @@ class Params(ctypes.Structure):
         ("gather", ctypes.c_int32),
         ("lanes", ctypes.c_int32),
         ("share", ctypes.c_int32),
+        ("stack", ctypes.c_int32),
         ("row_groups", ctypes.c_int32),
         ("passes", ctypes.c_int32),
         ("causal", ctypes.c_int32),
@@ -243,9 +291,8 @@ class Params(ctypes.Structure):
     ]
 
 
-# Neighbours in Params that are set together: a call's addresses, those of q, a workspace's; causal ... lse_no_key.
+# Neighbours in Params that are set together: a call's addresses, a workspace's; causal ... lse_no_key.
 _ADDRESSES, _ADDRESSES_AT = struct.Struct("10Q"), Params.k_latent.offset
-_QUERIES, _QUERIES_AT = struct.Struct("2Q"), Params.q_latent.offset
 _WORKSPACE, _WORKSPACE_AT = struct.Struct("3Q"), Params.partials.offset
 _OPTIONS, _OPTIONS_AT = struct.Struct("iiifff"), Params.causal.offset
 
@@ -272,7 +319,8 @@ def make_params(problem: Problem, grid: Grid) -> Params:
     params.lanes, params.row_groups, params.passes = grid.lanes, grid.row_groups, grid.passes
     params.by_heads, params.by_page_tiles = divider(params.heads), divider(params.page_tiles)
     params.by_lanes = divider(params.lanes)
-    params.share = grid.lanes // (problem.batch * grid.passes)
+    units = problem.batch * grid.passes
+    params.share, params.stack = grid.lanes // units, -(-units // grid.lanes)
     params.by_share, params.by_row_groups = divider(max(1, params.share)), divider(params.row_groups)
     params.by_passes = divider(params.passes)
     return params
@@ -302,74 +350,68 @@ class Launch:
         self.kernel = compiler.load(spec, problem.device)
         self.params = make_params(problem, self.grid)
         self.params_address = ctypes.addressof(self.params)
-        self.start = self.kernel.prepare(self.grid.ctas, THREADS, SHARED_BYTES, self.params_address)
-        self.maps: dict[tuple[int, int], bytes] = {}
-        self.maps_in_place: tuple[int, int] | None = None
+        self.launch_on = self.kernel.prepare(self.grid.ctas, THREADS, SHARED_BYTES, self.params_address, early=True)
+        self.maps: dict[tuple[int, ...], bytes] = {}
+        self.maps_in_place: tuple[int, ...] | None = None
+        self.options_in_place: tuple[float, bool, LseForm] | None = None
         self.workspace_in_place: Workspace | None = None
         strides = [*problem.q_strides, *problem.q_rope_strides]
         self.q_vector_strides = all(stride * ELEMENT_BYTES % VECTOR_BYTES == 0 for stride in strides)
         self.lock = threading.Lock()  # over params, from the first field set to the launch that copies them
 
-    def run(self, call: Call, out: int, lse: int, softmax_scale: float, causal: bool, stream: int) -> None:
-        """Launch on `stream`; `out` and `lse` are addresses, 0 for an lse that nobody wants."""
-        workspace = workspace_for(self.problem.device, self.grid.rows, stream, call.q[0])
-        key = (call.cache_latent, call.cache_rope)
-        vector_loads = self.q_vector_strides and (call.q_latent | call.q_rope) % VECTOR_BYTES == 0
+    def run(
+        self, call: Call, out: int, lse: int, softmax_scale: float, causal: bool, stream: int, capture: int = 0
+    ) -> None:
+        """Launch a call on `stream`, which is part of `capture` if that is not 0; `out` and `lse` are addresses."""
         with self.lock:
-            if key != self.maps_in_place:
-                maps = self.maps.get(key) or self._find_maps(call)
-                ctypes.memmove(self.params.maps, maps, len(maps))
-                self.maps_in_place = key
-            _ADDRESSES.pack_into(
-                self.params,
-                _ADDRESSES_AT,
-                call.cache_latent,
-                call.cache_rope,
-                call.q_latent,
-                call.q_rope,
-                out,
-                lse,
-                call.block_table,
-                call.cache_seqlens,
-                call.cu_seqlens_q,
-                call.page_indptr,
-            )
-            _OPTIONS.pack_into(
-                self.params,
-                _OPTIONS_AT,
-                causal,
-                vector_loads,
-                PATIENCE,
-                float(softmax_scale) * LOG2_E,
-                call.lse_form.factor,
-                call.lse_form.no_key,
-            )
-            if self.problem.csr:
-                self.params.max_pages = call.page_count
-            self._start(workspace, stream)
+            self.fill(_places(call, out, lse), softmax_scale, causal, call.lse_form, call.page_count)
+            self.start(stream, capture, call.q[0].owner)
 
-    def run_again(self, q: Array, latent: int, rope: int, stream: int) -> None:
-        """Launch on `stream` what `run` launched last, with other queries, whose parts have these addresses."""
-        workspace = workspace_for(self.problem.device, self.grid.rows, stream, q)
-        vector_loads = self.q_vector_strides and (latent | rope) % VECTOR_BYTES == 0
-        with self.lock:
-            _QUERIES.pack_into(self.params, _QUERIES_AT, latent, rope)
-            self.params.q_vector_loads = vector_loads
-            self._start(workspace, stream)
+    def fill(
+        self,
+        places: tuple[int, ...],
+        softmax_scale: float,
+        causal: bool,
+        lse_form: LseForm = NATURAL,
+        page_count: int = 0,
+    ) -> None:
+        """Set what a call adds to its problem, with the lock held. `places` are those of `_places`."""
+        params, pages = self.params, places[:2]
+        if pages != self.maps_in_place:
+            maps = self.maps.get(pages) or self._find_maps(pages)
+            ctypes.memmove(params.maps, maps, len(maps))
+            self.maps_in_place = pages
+        _ADDRESSES.pack_into(params, _ADDRESSES_AT, *places)
+        scale = float(softmax_scale)
+        options = scale, causal, lse_form
+        if options != self.options_in_place:
+            _OPTIONS.pack_into(params, _OPTIONS_AT, causal, False, PATIENCE, scale * LOG2_E, *lse_form)
+            self.options_in_place = options
+        params.q_vector_loads = self.q_vector_strides and (places[2] | places[3]) % VECTOR_BYTES == 0
+        if self.problem.csr:
+            params.max_pages = page_count
 
-    def _start(self, workspace: Workspace, stream: int) -> None:
+    def replace_queries(self, latent: int, rope: int) -> None:
+        """Set where the queries are, with the lock held."""
+        params = self.params
+        params.q_latent, params.q_rope = latent, rope
+        params.q_vector_loads = self.q_vector_strides and (latent | rope) % VECTOR_BYTES == 0
+
+    def start(self, stream: int, capture: int, owner: Any) -> None:
+        """Launch on `stream`, which is part of `capture` if that is not 0, with the lock held.
+
+        `owner` is an array of the caller's library on the device.
+        """
+        workspace = workspace_for(self.problem.like, owner, self.grid.rows, stream, capture)
         if workspace is not self.workspace_in_place:
             scratch = workspace.partials, workspace.partial_stats, workspace.counters
             _WORKSPACE.pack_into(self.params, _WORKSPACE_AT, *scratch)
-            self.workspace_in_place = None if workspace.captured else workspace  # a graph's memory goes with the graph
-        if workspace.captured:
-            self.kernel.launch_early(self.grid.ctas, THREADS, SHARED_BYTES, stream, self.params_address)
-        else:
-            self.start(stream)
+            self.workspace_in_place = None if capture else workspace  # a graph's memory goes with the graph
+        self.launch_on(stream)
 
-    def _find_maps(self, call: Call) -> bytes:
-        maps = tensor_maps(self.problem, call.cache_latent, call.cache_rope)
-        interop.remember(self.maps, (call.cache_latent, call.cache_rope), maps)
+    def _find_maps(self, pages: tuple[int, ...]) -> bytes:
+        maps = tensor_maps(self.problem, *pages)
+        interop.remember(self.maps, pages, maps)
         return maps
 
 

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p, pointer
-from typing import Any, Literal
+from typing import Literal
 
 from etap_rt.errors import EtapError, UnsupportedError
 
@@ -39,6 +39,7 @@ _CUDA_ERRORS_OF_OLD_DRIVERS = (
     _CUDA_ERROR_NO_BINARY_FOR_GPU,
     _CUDA_ERROR_UNSUPPORTED_PTX_VERSION,
 )
+_LEGACY_STREAM = 0
 _FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 _DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16
 _DEVICE_RESOURCE_TYPE_SM = 1
@@ -67,8 +68,8 @@ _FUNCTIONS = (
     "cuModuleLoadData",
     "cuModuleGetFunction",
     "cuFuncSetAttribute",
-    "cuLaunchKernel",
     "cuLaunchKernelEx",
+    "cuStreamIsCapturing",
     "cuStreamGetCaptureInfo_v2",
     "cuThreadExchangeStreamCaptureMode",
     "cuTensorMapEncodeTiled",
@@ -85,22 +86,6 @@ _FUNCTIONS_FOR_GREEN_CONTEXTS = ("cuStreamGetGreenCtx", "cuGreenCtxGetDevResourc
 # In a forked process: whether the driver had been started when it was forked, after which it works no more.
 _forked = False
 _started_before_fork = False
-
-_CaptureInfo = c_uint64 * 2  # the capture status (an int, in the low half of the first word), the capture's id
-
-
-class _StreamQuestions(threading.local):
-    """What a thread asks about streams before every launch: by stream, the call and where its answer goes.
-
-    To make the arguments anew would take longer than the calls.
-    """
-
-    def __init__(self) -> None:
-        self.capture: dict[int, tuple[Callable[[], int], Any]] = {}
-        self.green_context: dict[int, tuple[Callable[[], int], c_void_p]] = {}
-
-
-_stream_questions = _StreamQuestions()
 
 
 class _LaunchAttribute(ctypes.Structure):
@@ -119,13 +104,43 @@ class _LaunchConfig(ctypes.Structure):
     """CUlaunchConfig of cuda.h."""
 
     _fields_ = [
-        ("grid", c_uint * 3),
-        ("block", c_uint * 3),
-        ("shared_bytes", c_uint),
+        *((name, c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared_bytes")),
         ("stream", c_void_p),
         ("attributes", POINTER(_LaunchAttribute)),
         ("attribute_count", c_uint),
     ]
+
+
+class _Questions:
+    """What is asked about a stream before every launch on it, and where the answers go.
+
+    To make the arguments anew would take longer than the calls. Answers are of the thread that asks.
+    """
+
+    __slots__ = ("capture_status", "green_context", "is_capturing", "which_green_context")
+
+    def __init__(self, stream: int) -> None:
+        lib, handle = _libcuda(), c_void_p(stream)
+        self.capture_status = c_int()
+        self.is_capturing = functools.partial(lib.cuStreamIsCapturing, handle, byref(self.capture_status))
+        self.green_context = c_void_p()
+        self.which_green_context: Callable[[], int] | None = None
+        if _has_green_contexts():
+            self.which_green_context = functools.partial(lib.cuStreamGetGreenCtx, handle, byref(self.green_context))
+
+
+class _QuestionsByStream(dict[int, _Questions]):
+    def __missing__(self, stream: int) -> _Questions:
+        questions = self[stream] = _Questions(stream)
+        return questions
+
+
+class _ThreadsQuestions(threading.local):
+    def __init__(self) -> None:
+        self.about = _QuestionsByStream()
+
+
+_questions = _ThreadsQuestions()
 
 
 class Kernel:
@@ -138,7 +153,7 @@ class Kernel:
         self.handle = handle
         self.device = device
         self._function = c_void_p(handle)
-        self._launch = _libcuda().cuLaunchKernel
+        self._launch = _libcuda().cuLaunchKernelEx
         self._shared_limit = 0
 
     def __repr__(self) -> str:
@@ -152,31 +167,30 @@ class Kernel:
         """
         self.prepare(grid, block, shared_bytes, params_address)(stream)
 
-    def prepare(self, grid: int, block: int, shared_bytes: int, params_address: int) -> Callable[[int], None]:
-        """`launch` with all but the stream given, for what is launched again and again."""
-        self.allow_shared(shared_bytes)
-        shape = (self._function, grid, 1, 1, block, 1, 1, shared_bytes)
-        launch, parameters = functools.partial(self._launch, *shape), byref(c_void_p(params_address))
+    def prepare(
+        self, grid: int, block: int, shared_bytes: int, params_address: int, early: bool = False
+    ) -> Callable[[int], None]:
+        """`launch` with all but the stream given, for what is launched again and again, by one thread at a time.
 
-        def launch_on(stream: int) -> None:
-            status = launch(c_void_p(stream), parameters, None)
-            if status:
-                self._launch_again(status, (*shape, c_void_p(stream), parameters, None))
-
-        return launch_on
-
-    def launch_early(self, grid: int, block: int, shared_bytes: int, stream: int, params_address: int) -> None:
-        """The same, but the kernel may start before the stream's previous one has ended, and has to wait for it itself.
-
-        That is "griddepcontrol.wait" of the PTX manual. Meant for launches that are captured: it takes the host longer.
+        An `early` kernel may start before the stream's previous one has ended, and has to wait for it itself: that is
+        "griddepcontrol.wait" of the PTX manual.
         """
         self.allow_shared(shared_bytes)
-        attribute = _LaunchAttribute(_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
-        attribute.value[0] = 1
-        config = _LaunchConfig((grid, 1, 1), (block, 1, 1), shared_bytes, stream, pointer(attribute), 1)
-        with _primary_context(self.device):
-            status = _libcuda().cuLaunchKernelEx(byref(config), self._function, byref(c_void_p(params_address)), None)
-        _check(status, "cuLaunchKernelEx", f"{self!r}, {grid} CTAs of {block} threads, {shared_bytes} bytes shared")
+        config = _LaunchConfig(grid, 1, 1, block, 1, 1, shared_bytes)
+        if early:
+            attribute = _LaunchAttribute(_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+            attribute.value[0] = 1
+            config.attributes, config.attribute_count = pointer(attribute), 1
+        # cuLaunchKernel would take eleven arguments, which are converted again in every call.
+        launch = functools.partial(self._launch, byref(config), self._function, byref(c_void_p(params_address)), None)
+
+        def launch_on(stream: int) -> None:
+            config.stream = stream
+            status = launch()
+            if status:
+                _try_again(status, self.device, launch, "cuLaunchKernelEx", self._about(config))
+
+        return launch_on
 
     def allow_shared(self, shared_bytes: int) -> None:
         """Raise the function's limit of dynamic shared memory, 48 KiB unless asked, to at least `shared_bytes`."""
@@ -189,17 +203,8 @@ class Kernel:
         _check(status, "cuFuncSetAttribute", f"{shared_bytes} bytes of shared memory for {self.name}")
         self._shared_limit = shared_bytes
 
-    def _launch_again(self, status: int, arguments: tuple[Any, ...]) -> None:
-        """After a failed launch: once more with the device's context current, if it was not, else raise.
-
-        A thread that made no CUDA call yet has no context, and one that works on another GPU has that GPU's.
-        Finding out before each launch would cost as much as the launch.
-        """
-        if status in _CUDA_ERRORS_OF_OTHER_CONTEXTS:
-            with _primary_context(self.device):
-                status = self._launch(*arguments)
-        _, grid, _, _, block, _, _, shared_bytes, *_ = arguments
-        _check(status, "cuLaunchKernel", f"{self!r}, {grid} CTAs of {block} threads, {shared_bytes} bytes shared")
+    def _about(self, config: _LaunchConfig) -> str:
+        return f"{self!r}, {config.grid_x} CTAs of {config.block_x} threads, {config.shared_bytes} bytes shared"
 
 
 def load_kernel(cubin: bytes, entry: str, device: int) -> Kernel:
@@ -222,23 +227,57 @@ def load_kernel(cubin: bytes, entry: str, device: int) -> Kernel:
     return Kernel(entry, function.value, device)
 
 
-def capturing(device: int, stream: int) -> int:
-    """The id of the capture that `stream` of `device` is part of, 0 when it is not being captured."""
+def stream_state(device: int, stream: int) -> tuple[int, int]:
+    """The id of the capture that `stream` is part of, 0 for none, and the multiprocessors that its work may use.
+
+    Those are the ones of its green context, without one all of the device. Both are asked anew each time: captures
+    begin and end, a handle may come back with another stream, and that of the default stream, 0, stands for the context
+    that is current.
+    """
     if _started_before_fork:
         refuse_fork()
-    prepared = _stream_questions.capture.get(stream)
-    if prepared is None:
-        info, function = _CaptureInfo(), _libcuda().cuStreamGetCaptureInfo_v2
-        prepared = functools.partial(function, c_void_p(stream), info, byref(info, 8), None, None, None), info
-        _stream_questions.capture[stream] = prepared
-    ask, info = prepared
-    status = ask()
-    if status:
-        if status in _CUDA_ERRORS_OF_OTHER_CONTEXTS:
-            with _primary_context(device):
-                status = ask()
-        _check(status, "cuStreamGetCaptureInfo", f"stream {stream:#x}")
-    return info[1] if info[0] else 0
+    questions = _questions.about[stream]
+    capture = 0
+    if stream != _LEGACY_STREAM:  # which CUDA does not let anybody capture
+        status = questions.is_capturing()
+        if status:
+            _try_again(status, device, questions.is_capturing, "cuStreamIsCapturing", f"stream {stream:#x}")
+        if questions.capture_status:
+            capture = _capture_id(device, stream)
+    ask = questions.which_green_context
+    if ask is not None:
+        status = ask()
+        if status:
+            _try_again(status, device, ask, "cuStreamGetGreenCtx", f"stream {stream:#x}")
+        if questions.green_context:
+            return capture, _green_context_sms(questions.green_context)
+    return capture, sm_count(device)
+
+
+def capturing(device: int, stream: int) -> int:
+    """The id of the capture that `stream` of `device` is part of, 0 when it is not being captured."""
+    return stream_state(device, stream)[0]
+
+
+def stream_sm_count(device: int, stream: int) -> int:
+    """Multiprocessors that work on `stream` of `device` may use."""
+    return stream_state(device, stream)[1]
+
+
+def _capture_id(device: int, stream: int) -> int:
+    status, number = c_int(), c_uint64()
+    question = c_void_p(stream), byref(status), byref(number), None, None, None
+    ask = functools.partial(_libcuda().cuStreamGetCaptureInfo_v2, *question)
+    error = ask()
+    if error:
+        _try_again(error, device, ask, "cuStreamGetCaptureInfo", f"stream {stream:#x}")
+    return number.value if status else 0
+
+
+def _green_context_sms(context: c_void_p) -> int:
+    resource, lib = _SmResource(), _libcuda()
+    _check(lib.cuGreenCtxGetDevResource(context, byref(resource), _DEVICE_RESOURCE_TYPE_SM), "cuGreenCtxGetDevResource")
+    return int(resource.sm_count)
 
 
 def allocate_zeroed(device: int, size: int) -> int:
@@ -330,35 +369,6 @@ def device_name(device: int) -> str:
 def sm_count(device: int) -> int:
     """Multiprocessors of the GPU."""
     return _device_attribute(device, _DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
-
-
-def stream_sm_count(device: int, stream: int) -> int:
-    """Multiprocessors that work on `stream` may use: those of its green context, without one all of the GPU's.
-
-    Asked anew each time: a handle may come back with another stream, and that of the default stream, 0, stands for the
-    context that is current.
-    """
-    if _started_before_fork:
-        refuse_fork()
-    prepared = _stream_questions.green_context.get(stream)
-    if prepared is None:
-        if not _has_green_contexts():
-            return sm_count(device)
-        context, function = c_void_p(), _libcuda().cuStreamGetGreenCtx
-        prepared = functools.partial(function, c_void_p(stream), byref(context)), context
-        _stream_questions.green_context[stream] = prepared
-    ask, context = prepared
-    status = ask()
-    if status:
-        if status in _CUDA_ERRORS_OF_OTHER_CONTEXTS:
-            with _primary_context(device):
-                status = ask()
-        _check(status, "cuStreamGetGreenCtx", f"stream {stream:#x}")
-    if not context:
-        return sm_count(device)
-    resource, lib = _SmResource(), _libcuda()
-    _check(lib.cuGreenCtxGetDevResource(context, byref(resource), _DEVICE_RESOURCE_TYPE_SM), "cuGreenCtxGetDevResource")
-    return int(resource.sm_count)
 
 
 @functools.cache
@@ -461,6 +471,18 @@ def _relaxed_capture() -> Iterator[None]:
         yield
     finally:
         lib.cuThreadExchangeStreamCaptureMode(byref(mode))
+
+
+def _try_again(status: int, device: int, call: Callable[[], int], name: str, about: str) -> None:
+    """After a call that failed: once more with the device's context current, if it was not, else raise.
+
+    A thread that made no CUDA call yet has no context, and one that works on another GPU has that GPU's.
+    Finding out before each call would cost as much as the call.
+    """
+    if status in _CUDA_ERRORS_OF_OTHER_CONTEXTS:
+        with _primary_context(device):
+            status = call()
+    _check(status, name, about)
 
 
 def _error_name(status: int) -> str:

@@ -11,7 +11,7 @@ import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -109,14 +109,47 @@ def tensor_signature(a: Any, b: Any, c: Any, d: Any) -> tuple[Any, tuple[int, in
     return None, (0, 0, 0, 0)
 
 
+# A torch tensor on a GPU but for its address: type, shape, strides, torch's dtype, device.
+TensorLook: TypeAlias = tuple[Any, tuple[int, ...], tuple[int, ...], Any, int]
+
+
+def tensor_look(array: Array) -> TensorLook | None:
+    """The look of an array's owner; None when that is no tensor on a GPU."""
+    x, layout = array.owner, array.layout
+    if _readers.get(type(x)) is not _read_torch or not x.is_cuda:
+        return None
+    return type(x), layout.shape, layout.strides, x.dtype, x.get_device()
+
+
+def tensor_address(x: Any, look: TensorLook | None) -> int:
+    """The address of a tensor that looks like that, else 0, for `describe` to say what it is; a third of its time."""
+    if look is None:
+        return 0
+    kind, shape, strides, dtype, device = look
+    try:
+        if (
+            type(x) is kind
+            and x.shape == shape
+            and x.stride() == strides
+            and x.dtype is dtype
+            and x.is_cuda
+            and x.get_device() == device
+        ):
+            return x.data_ptr()  # type: ignore[no-any-return]
+    except RuntimeError:  # see _read_torch
+        pass
+    return 0
+
+
 def empty(layout: Layout, owner: Any, shape: tuple[int, ...], dtype: str) -> Any:
     """A new, uninitialised, contiguous array of the library and on the device of an array that was described."""
     if layout.device_type == "cuda":
         driver.refuse_fork()
     if layout.library == "torch":
-        if dtype == layout.dtype:  # a quarter of a microsecond less
-            return owner.new_empty(shape)
-        return owner.new_empty(shape, dtype=getattr(sys.modules["torch"], dtype))
+        # Sizes one by one and no dtype that is known already: each saves a quarter of a microsecond.
+        if dtype == layout.dtype:
+            return owner.new_empty(*shape)
+        return owner.new_empty(*shape, dtype=getattr(sys.modules["torch"], dtype))
     if layout.device_type == "cpu":
         return np.empty(shape, numpy_dtype(dtype))
     import cupy

@@ -25,6 +25,7 @@ TILE_KEYS = 64
 ROW_TILES = (8, 16, 24, 32, 64)
 MAX_ROW_GROUPS = 8
 SWITCH_TILES = 2  # what a lane loses by starting on another unit, measured in tiles of an H200
+EVEN_SLACK_LOG2 = 3  # what units that are divided at any place cost, as a part of a lane's work: see mla_decode.cu
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +79,11 @@ def unit_tiles(seqlen: int) -> int:
 def divide(seqlens: Sequence[int], grid: Grid, may_be_even: bool = True) -> list[list[Segment]]:
     """Divide the key tiles of all units over the lanes of `grid`; the mirror of the kernel's division.
 
-    Evenly: every unit gets the same number of lanes, every lane at most one segment. That is best for requests of
-    about the same length. Otherwise all units stand in a row in the order (request, pass), SWITCH_TILES empty
-    cells before each to pay for the switch, and every lane gets the same number of cells. The division that
-    leaves less to the busiest lane is taken, the even one if both are as good and it `may_be_even`. Returns one list
-    of segments a lane.
+    Evenly: every unit gets the same number of lanes, every lane at most one segment; with more units than lanes every
+    lane gets the same number of units. That is best for requests of about the same length. Otherwise all units stand in
+    a row in the order (request, pass), SWITCH_TILES empty cells before each to pay for the switch, and every lane gets
+    the same number of cells. The even division is taken if it `may_be_even` and leaves at most an eighth more to the
+    busiest lane. Returns one list of segments a lane.
     """
     units = [(r, p, unit_tiles(n)) for r, n in enumerate(seqlens) for p in range(grid.passes)]
     if not units:
@@ -90,19 +91,30 @@ def divide(seqlens: Sequence[int], grid: Grid, may_be_even: bool = True) -> list
     total = sum(n for _, _, n in units)
     longest = max(n for _, _, n in units)
     gap = SWITCH_TILES if total > grid.lanes else 0
-    share = grid.lanes // len(units)
-    if may_be_even and share and -(-longest // share) <= -(-(total + gap * len(units)) // grid.lanes):
-        return _divide_evenly(units, grid, share)
-    return _divide_in_a_row(units, grid, gap, total + gap * len(units))
+    cells = total + gap * len(units)
+    share, stack = grid.lanes // len(units), -(-len(units) // grid.lanes)
+    in_a_row = -(-cells // grid.lanes)
+    evenly = -(-longest // share) if share else stack * (longest + gap)
+    if may_be_even and evenly <= in_a_row + (in_a_row >> EVEN_SLACK_LOG2):
+        return _share_out(units, grid, share) if share else _stack(units, grid, stack)
+    return _divide_in_a_row(units, grid, gap, cells)
 
 
-def _divide_evenly(units: list[tuple[int, int, int]], grid: Grid, share: int) -> list[list[Segment]]:
+def _share_out(units: list[tuple[int, int, int]], grid: Grid, share: int) -> list[list[Segment]]:
     work: list[list[Segment]] = [[] for _ in range(grid.lanes)]
     for index, (request, pass_index, tiles) in enumerate(units):
         first, members = index * share, min(share, tiles)
         for member in range(members):
             begin, end = lane_begin(member, tiles, members), lane_begin(member + 1, tiles, members)
             work[first + member] = [Segment(request, pass_index, begin, end, first, first + members - 1)]
+    return work
+
+
+def _stack(units: list[tuple[int, int, int]], grid: Grid, stack: int) -> list[list[Segment]]:
+    work: list[list[Segment]] = [[] for _ in range(grid.lanes)]
+    for index, (request, pass_index, tiles) in enumerate(units):
+        lane = index // stack
+        work[lane].append(Segment(request, pass_index, 0, tiles, lane, lane))
     return work
 
 

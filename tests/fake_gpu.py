@@ -37,12 +37,14 @@ class Notes:
         size = ctypes.sizeof(self.params_type)
         self.params.append(self.params_type.from_buffer_copy(ctypes.string_at(params_address, size)))
 
-    def prepare(self, grid: int, block: int, shared_bytes: int, params_address: int) -> Callable[[int], None]:
-        return lambda stream: self.launch(grid, block, shared_bytes, stream, params_address)
+    def prepare(
+        self, grid: int, block: int, shared_bytes: int, params_address: int, early: bool = False
+    ) -> Callable[[int], None]:
+        def launch_on(stream: int) -> None:
+            self.early += early
+            self.launch(grid, block, shared_bytes, stream, params_address)
 
-    def launch_early(self, *arguments: Any) -> None:
-        self.early += 1
-        self.launch(*arguments)
+        return launch_on
 
 
 class CudaTensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from ctypes import POINTER, Structure, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p
 from typing import Any
@@ -60,8 +61,8 @@ PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuModuleLoadData": (voidpp, c_void_p),
     "cuModuleGetFunction": (voidpp, c_void_p, c_char_p),
     "cuFuncSetAttribute": (c_void_p, c_int, c_int),
-    "cuLaunchKernel": (c_void_p, *(c_uint,) * 7, c_void_p, voidpp, voidpp),
     "cuLaunchKernelEx": (POINTER(LaunchConfig), c_void_p, voidpp, voidpp),
+    "cuStreamIsCapturing": (c_void_p, intp),
     "cuStreamGetCaptureInfo_v2": (c_void_p, intp, u64p, c_void_p, c_void_p, c_void_p),
     "cuStreamGetGreenCtx": (c_void_p, voidpp),
     "cuGreenCtxGetDevResource": (c_void_p, c_void_p, c_int),
@@ -152,16 +153,16 @@ class FakeCuda:
     def _cuFuncSetAttribute(self, function: int, attribute: int, value: int) -> None:
         self.log.append(("attribute", function, attribute, value))
 
-    def _cuLaunchKernel(self, *arguments: Any) -> None:
-        *numbers, stream, parameters, extra = arguments
-        value = ctypes.string_at(parameters[0], ctypes.sizeof(Params))
-        self.log.append(("launch", *numbers, stream, value, bool(extra), list(self.contexts)))
-
     def _cuLaunchKernelEx(self, config: Any, function: int, parameters: Any, extra: Any) -> None:
         numbers = [getattr(config[0], name) for name, _ in LaunchConfig._fields_[:7]]
         attributes = [(a.id, a.value) for a in config[0].attributes[: config[0].attribute_count]]
         value = ctypes.string_at(parameters[0], ctypes.sizeof(Params))
-        self.log.append(("early launch", function, *numbers, config[0].stream, attributes, value, bool(extra)))
+        shape = (function, *numbers, config[0].stream, attributes)
+        self.log.append(("launch", *shape, value, bool(extra), list(self.contexts)))
+
+    def _cuStreamIsCapturing(self, stream: int, status: Any) -> None:
+        self.log.append(("is capturing", stream))
+        status[0] = self.capture[0]
 
     def _cuStreamGetCaptureInfo(self, stream: int, status: Any, number: Any, *unused: Any) -> None:
         self.log.append(("capture info", stream, *unused))
@@ -198,7 +199,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     for function in cached:
         function.cache_clear()
     monkeypatch.setattr(driver, "_open_library", lambda: fake)
-    monkeypatch.setattr(driver, "_stream_questions", driver._StreamQuestions())
+    monkeypatch.setattr(driver, "_questions", driver._ThreadsQuestions())
     yield fake
     assert fake.contexts == [], "every context that was pushed is popped"
     assert fake.capture_mode == GLOBAL, "the thread's capture mode is as before"
@@ -215,15 +216,16 @@ def launch(kernel: driver.Kernel, shared: int = 0) -> bytes:
 
 def test_a_launch_arrives_as_it_was_asked_for(cuda: FakeCuda) -> None:
     expected = launch(driver.Kernel("k", HANDLE, 0))
-    assert cuda.calls("launch") == [(HANDLE, 132, 1, 1, 384, 1, 1, 0, STREAM, expected, False, [])]
+    assert cuda.calls("launch") == [(HANDLE, 132, 1, 1, 384, 1, 1, 0, STREAM, [], expected, False, [])]
 
 
 def test_an_early_launch_is_allowed_to_overlap_the_one_before(cuda: FakeCuda) -> None:
     params = Params(0x7FFF_0000_1111_2222, 7)
-    driver.Kernel("k", HANDLE, 0).launch_early(132, 384, 200_000, STREAM, ctypes.addressof(params))
+    driver.Kernel("k", HANDLE, 0).prepare(132, 384, 200_000, ctypes.addressof(params), early=True)(STREAM)
     programmatic_stream_serialization = (6, 1)
-    assert cuda.calls("early launch") == [
-        (HANDLE, 132, 1, 1, 384, 1, 1, 200_000, STREAM, [programmatic_stream_serialization], bytes(params), False)
+    attributes = [programmatic_stream_serialization]
+    assert cuda.calls("launch") == [
+        (HANDLE, 132, 1, 1, 384, 1, 1, 200_000, STREAM, attributes, bytes(params), False, [])
     ]
     assert cuda.calls("attribute") == [(HANDLE, 8, 200_000)]
 
@@ -231,7 +233,7 @@ def test_an_early_launch_is_allowed_to_overlap_the_one_before(cuda: FakeCuda) ->
 def test_an_early_launch_that_fails_names_the_error(cuda: FakeCuda) -> None:
     cuda.fail["cuLaunchKernelEx"] = [1]
     with pytest.raises(EtapError, match=r"CUDA_ERROR_INVALID_VALUE.*132 CTAs of 384 threads"):
-        driver.Kernel("k", HANDLE, 0).launch_early(132, 384, 0, STREAM, ctypes.addressof(Params(1, 2)))
+        driver.Kernel("k", HANDLE, 0).prepare(132, 384, 0, ctypes.addressof(Params(1, 2)), early=True)(STREAM)
 
 
 def test_the_null_stream_is_a_stream(cuda: FakeCuda) -> None:
@@ -256,14 +258,16 @@ def test_too_much_shared_memory_is_an_error_that_says_how_much(cuda: FakeCuda) -
 
 @pytest.mark.parametrize("error", [INVALID_CONTEXT, INVALID_HANDLE])
 def test_a_launch_from_a_thread_without_the_devices_context_works(cuda: FakeCuda, error: int) -> None:
-    cuda.fail["cuLaunchKernel"] = [error]
+    cuda.fail["cuLaunchKernelEx"] = [error]
     expected = launch(driver.Kernel("k", HANDLE, 0))
-    assert cuda.calls("launch") == [(HANDLE, 132, 1, 1, 384, 1, 1, 0, STREAM, expected, False, [CONTEXT])]
+    assert cuda.calls("launch") == [(HANDLE, 132, 1, 1, 384, 1, 1, 0, STREAM, [], expected, False, [CONTEXT])]
 
 
 def test_a_launch_that_fails_names_the_error_and_the_kernel(cuda: FakeCuda) -> None:
-    cuda.fail["cuLaunchKernel"] = [INVALID_HANDLE, 1]
-    with pytest.raises(EtapError, match=r"cuLaunchKernel failed: CUDA_ERROR_INVALID_VALUE: what it means \(<Kernel k"):
+    cuda.fail["cuLaunchKernelEx"] = [INVALID_HANDLE, 1]
+    with pytest.raises(
+        EtapError, match=r"cuLaunchKernelEx failed: CUDA_ERROR_INVALID_VALUE: what it means \(<Kernel k"
+    ):
         launch(driver.Kernel("k", HANDLE, 0))
 
 
@@ -291,22 +295,56 @@ def test_capturing_tells_captures_apart(cuda: FakeCuda) -> None:
     assert driver.capturing(0, STREAM) == 0
     cuda.capture = (1, 2**40 + 5)
     assert driver.capturing(0, STREAM) == 2**40 + 5
-    assert cuda.calls("capture info")[0] == (STREAM, None, None, None)
+    assert cuda.calls("capture info") == [(STREAM, None, None, None)]
+    cuda.capture = (0, 0)
+    assert driver.capturing(0, STREAM) == 0
+
+
+def test_the_legacy_stream_is_not_asked_for_a_capture_that_it_cannot_have(cuda: FakeCuda) -> None:
+    cuda.fail["cuStreamIsCapturing"] = [906]  # as while somebody captures a blocking stream
+    assert driver.stream_state(0, 0) == (0, 132)
+    assert cuda.calls("green context") == [(None, [])]
 
 
 @pytest.mark.parametrize("error", [INVALID_CONTEXT, INVALID_HANDLE])
 def test_a_thread_without_the_devices_context_can_ask_for_captures(cuda: FakeCuda, error: int) -> None:
     cuda.capture = (1, 7)
-    cuda.fail["cuStreamGetCaptureInfo_v2"] = [error]
-    assert driver.capturing(3, 0) == 7
+    cuda.fail |= {"cuStreamIsCapturing": [error], "cuStreamGetCaptureInfo_v2": [error]}
+    assert driver.capturing(3, STREAM) == 7
     assert cuda.calls("retain") == [(3,)]
     assert cuda.contexts == []
 
 
-def test_a_stream_that_cannot_be_asked_is_an_error(cuda: FakeCuda) -> None:
-    cuda.fail["cuStreamGetCaptureInfo_v2"] = [INVALID_HANDLE, INVALID_HANDLE]
-    with pytest.raises(EtapError, match=f"cuStreamGetCaptureInfo failed: CUDA_ERROR_INVALID_HANDLE.*{STREAM:#x}"):
+@pytest.mark.parametrize("call", ["cuStreamIsCapturing", "cuStreamGetCaptureInfo_v2"])
+def test_a_stream_that_cannot_be_asked_is_an_error(cuda: FakeCuda, call: str) -> None:
+    cuda.capture = (1, 7)
+    cuda.fail[call] = [INVALID_HANDLE, INVALID_HANDLE]
+    name = call.removesuffix("_v2")
+    with pytest.raises(EtapError, match=f"{name} failed: CUDA_ERROR_INVALID_HANDLE.*{STREAM:#x}"):
         driver.capturing(0, STREAM)
+
+
+def test_threads_that_ask_about_one_stream_get_their_own_answers(cuda: FakeCuda) -> None:
+    """While one thread's question is under way, another gets the answer from before a capture began."""
+    asked = threading.Event()
+
+    def ask(stream: int, status: Any) -> int:
+        if threading.current_thread() is threading.main_thread():
+            status[0] = 1
+            other.start()
+            other.join()
+        else:
+            status[0] = 0
+            asked.set()
+        return 0
+
+    callback = ctypes.CFUNCTYPE(c_int, *PROTOTYPES["cuStreamIsCapturing"])(ask)
+    cuda.cuStreamIsCapturing = ctypes.CFUNCTYPE(c_int)(ctypes.cast(callback, c_void_p).value)  # type: ignore[attr-defined]
+    cuda.capture = (1, 7)
+    answers = []
+    other = threading.Thread(target=lambda: answers.append(driver.capturing(0, STREAM)))
+    assert driver.capturing(0, STREAM) == 7
+    assert asked.is_set() and answers == [0]
 
 
 @pytest.mark.parametrize(("element", "number"), [("float16", 6), ("bfloat16", 9)])
@@ -335,9 +373,10 @@ def test_what_the_gpu_is(cuda: FakeCuda) -> None:
 
 
 def test_a_stream_of_a_green_context_has_its_sms(cuda: FakeCuda) -> None:
-    assert driver.stream_sm_count(0, STREAM) == 132
+    assert driver.stream_state(0, STREAM) == (0, 132)
     cuda.green = 32
-    assert driver.stream_sm_count(0, STREAM) == 32
+    cuda.capture = (1, 7)
+    assert driver.stream_state(0, STREAM) == (7, 32)
     cuda.fail["cuStreamGetGreenCtx"] = [INVALID_CONTEXT]  # a thread that made no CUDA call yet
     assert driver.stream_sm_count(0, STREAM) == 32
     assert cuda.calls("green context") == [(STREAM, [])] * 2 + [(STREAM, [CONTEXT])]
@@ -442,7 +481,7 @@ def test_a_process_that_is_forked_after_the_first_call_is_told_so(cuda: FakeCuda
         lambda: in_forked_process(driver.device_count) and driver.device_count(),
     ):
         assert re.match(FORKED, in_forked_process(work))
-    cuda.fail["cuLaunchKernel"] = [NOT_INITIALIZED]
+    cuda.fail["cuLaunchKernelEx"] = [NOT_INITIALIZED]
     assert re.match(FORKED, in_forked_process(lambda: launch(kernel)))
     assert driver.device_count() == 1, "the parent goes on"
 

@@ -135,6 +135,29 @@ def test_what_is_no_array_is_refused_by_name(x: Any) -> None:
         describe(x, "kv_cache[1]")
 
 
+def test_a_tensor_that_looks_as_another_is_told_from_all_that_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = torch_module()
+    from tests.fake_gpu import CudaTensor
+
+    x = torch.zeros(2, 3, dtype=torch.float16)
+    on_gpu = interop.Array(describe(x, "x").layout, x.data_ptr(), CudaTensor(x))
+    assert interop.tensor_look(on_gpu) is None, "its type is none of torch's"
+    monkeypatch.setitem(interop._readers, CudaTensor, interop._read_torch)
+    look = interop.tensor_look(on_gpu)
+    assert interop.tensor_look(describe(x, "x")) is None, "it is on the CPU"
+
+    other = torch.ones_like(x)
+    assert interop.tensor_address(CudaTensor(other), look) == other.data_ptr()
+    for y in (x[:1], x[:, :2], torch.zeros(3, 2, dtype=x.dtype).T, x.bfloat16(), x.to_sparse()):
+        assert interop.tensor_address(CudaTensor(y), look) == 0
+    for z in (x, x.numpy(), (CudaTensor(x),), None):
+        assert interop.tensor_address(z, look) == 0
+    for name, value in (("get_device", lambda self: 1), ("is_cuda", False)):
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(CudaTensor, name, value)
+            assert interop.tensor_address(CudaTensor(x), look) == 0
+
+
 def test_sparse_tensors_are_refused() -> None:
     torch = torch_module()
     with pytest.raises(ArgumentTypeError, match="x: got torch.Tensor"):

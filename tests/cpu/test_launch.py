@@ -5,6 +5,9 @@ CPU tensors pass for tensors on a GPU here; nothing is computed.
 
 from __future__ import annotations
 
+import itertools
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from hypothesis import strategies as st
 import etap_rt
 from etap_rt import decode, driver, interop, workspace
 from etap_rt.decode import Params, divider
+from etap_rt.interop import Layout
 from tests.fake_gpu import STREAM, CudaTensor, Notes, pass_tensors_for_cuda
 
 torch = pytest.importorskip("torch")
@@ -41,8 +45,7 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> Iterator[DecodeNotes]:
     notes = DecodeNotes()
     pass_tensors_for_cuda(monkeypatch)
     monkeypatch.setattr(driver, "sm_count", lambda device: SMS)
-    monkeypatch.setattr(driver, "stream_sm_count", lambda device, stream: SMS)
-    monkeypatch.setattr(driver, "capturing", lambda device, stream: 0)
+    monkeypatch.setattr(driver, "stream_state", lambda device, stream: (0, SMS))
     monkeypatch.setattr(driver, "allocate_zeroed", lambda device, size: 1 << 30)
     monkeypatch.setattr(driver, "encode_tensor_map", notes.encode)
     monkeypatch.setattr(decode.compiler, "load", notes.load)
@@ -64,6 +67,10 @@ def arguments(batch: int = 2, s_q: int = 1, heads: int = 16, page_size: int = 64
     }
 
 
+def on_gpu(call: dict[str, Any]) -> dict[str, Any]:
+    return {name: CudaTensor(x) if isinstance(x, torch.Tensor) else x for name, x in call.items()}
+
+
 def test_the_kernel_gets_the_addresses_of_this_call(notes: DecodeNotes) -> None:
     call = arguments()
     out, lse = etap_rt.mla_decode(**call, return_lse=True)
@@ -83,7 +90,7 @@ def test_a_stream_on_a_part_of_the_sms_gets_a_grid_for_that_part(
 ) -> None:
     call = arguments()
     for sms in (SMS, 32, SMS):
-        monkeypatch.setattr(driver, "stream_sm_count", lambda device, stream, sms=sms: sms)
+        monkeypatch.setattr(driver, "stream_state", lambda device, stream, sms=sms: (0, sms))
         etap_rt.mla_decode(**call)
     assert [grid for grid, *_ in notes.launches] == [SMS, 32, SMS]
     assert [params.lanes for params in notes.params] == [SMS, 32, SMS]
@@ -92,14 +99,14 @@ def test_a_stream_on_a_part_of_the_sms_gets_a_grid_for_that_part(
 def test_a_call_that_was_seen_before_gets_what_it_would_get_otherwise(notes: DecodeNotes) -> None:
     calls = [arguments(), arguments(offset=8), {**arguments(heads=8), "causal": False, "softmax_scale": 0.5}]
     for call in (*calls, *calls):
-        on_gpu = {name: CudaTensor(x) if isinstance(x, torch.Tensor) else x for name, x in call.items()}
-        out, lse = etap_rt.mla_decode(**on_gpu, return_lse=True)
+        again = on_gpu(call)
+        out, lse = etap_rt.mla_decode(**again, return_lse=True)
         etap_rt.mla_decode(**call, out=out.tensor, lse=lse.tensor)
         recognised, described = (bytes(params)[Params.k_latent.offset :] for params in notes.params[-2:])
         assert recognised == described
-        etap_rt.mla_decode(**on_gpu, out=out, lse=lse)
+        etap_rt.mla_decode(**again, out=out, lse=lse)
         assert bytes(notes.params[-1])[Params.k_latent.offset :] == described
-        etap_rt.mla_decode(**on_gpu, out=out)
+        etap_rt.mla_decode(**again, out=out)
         assert (notes.params[-1].out, notes.params[-1].lse) == (out.data_ptr(), 0)
     assert len(notes.launches) == 24 and len(set(notes.launches)) == 1
 
@@ -122,12 +129,12 @@ def test_what_differs_from_a_call_that_was_seen_is_refused(
     notes: DecodeNotes, name: str, spoil: Any, text: str
 ) -> None:
     call = {**arguments(), "out": torch.zeros(2, 1, 16, 512, dtype=torch.bfloat16), "lse": torch.zeros(2, 16, 1)}
-    on_gpu = {name: CudaTensor(x) if isinstance(x, torch.Tensor) else x for name, x in call.items()}
-    etap_rt.mla_decode(**on_gpu)
+    seen = on_gpu(call)
+    etap_rt.mla_decode(**seen)
     with pytest.raises(etap_rt.ArgumentError, match=text):
-        etap_rt.mla_decode(**{**on_gpu, name: CudaTensor(spoil(call[name]))})
+        etap_rt.mla_decode(**{**seen, name: CudaTensor(spoil(call[name]))})
     with pytest.raises(etap_rt.ArgumentError, match="device cpu:0"):
-        etap_rt.mla_decode(**{**on_gpu, "cache_seqlens": call["cache_seqlens"].numpy()})
+        etap_rt.mla_decode(**{**seen, "cache_seqlens": call["cache_seqlens"].numpy()})
     assert len(notes.launches) == 1
 
 
@@ -184,12 +191,22 @@ def test_vector_loads_need_queries_on_16_bytes(notes: DecodeNotes, offset: int, 
 
 
 def test_mask_and_scale_are_those_of_the_call(notes: DecodeNotes) -> None:
-    call = arguments()
-    etap_rt.mla_decode(**call, causal=False)
-    etap_rt.mla_decode(**{**call, "softmax_scale": 0.5})
-    assert [params.causal for params in notes.params] == [0, 1]
-    assert notes.params[0].scale_log2 == pytest.approx(SCALE * 1.4426950408889634, rel=1e-6)
-    assert notes.params[1].scale_log2 == pytest.approx(0.5 * 1.4426950408889634, rel=1e-6)
+    call = on_gpu(arguments())
+    options = [(False, SCALE), (True, 0.5), (True, 0.5), (True, SCALE), (False, 1)]
+    for causal, scale in options:
+        etap_rt.mla_decode(**{**call, "softmax_scale": scale}, causal=causal)
+    assert [params.causal for params in notes.params] == [causal for causal, _ in options]
+    scales = [pytest.approx(scale * 1.4426950408889634, rel=1e-6) for _, scale in options]
+    assert [params.scale_log2 for params in notes.params] == scales
+
+
+@pytest.mark.parametrize(("name", "value"), [("softmax_scale", -1.0), ("softmax_scale", "1"), ("causal", 1)])
+def test_mask_and_scale_of_a_call_that_was_seen_are_checked(notes: DecodeNotes, name: str, value: Any) -> None:
+    call = on_gpu(arguments())
+    etap_rt.mla_decode(**call)
+    with pytest.raises((etap_rt.ArgumentError, etap_rt.ArgumentTypeError), match=name):
+        etap_rt.mla_decode(**{**call, name: value})
+    assert len(notes.launches) == 1
 
 
 @pytest.mark.parametrize(("page_size", "gather"), [(1, 1), (2, 2), (4, 3), (8, 0), (64, 0)])
@@ -224,15 +241,96 @@ def test_a_log_sum_exp_is_natural(notes: DecodeNotes) -> None:
     assert (params.lse_factor, params.lse_no_key) == (pytest.approx(0.6931471805599453), float("-inf"))
 
 
-@pytest.mark.parametrize(("capture", "early"), [(0, 0), (7, 1)])
-def test_captured_launches_may_overlap_the_one_before(
-    notes: DecodeNotes, monkeypatch: pytest.MonkeyPatch, capture: int, early: int
-) -> None:
-    monkeypatch.setattr(driver, "capturing", lambda device, stream: capture)
+@pytest.mark.parametrize("capture", [0, 7])
+def test_launches_may_overlap_the_one_before(notes: DecodeNotes, monkeypatch: pytest.MonkeyPatch, capture: int) -> None:
+    monkeypatch.setattr(driver, "stream_state", lambda device, stream: (capture, SMS))
     monkeypatch.setattr(interop, "empty", lambda layout, owner, shape, dtype: torch.empty(shape, dtype=torch.uint8))
     call = arguments()
     etap_rt.mla_decode(**call, out=torch.empty(2, 1, 16, 512, dtype=torch.bfloat16))
-    assert (len(notes.launches), notes.early) == (1, early)
+    assert (len(notes.launches), notes.early) == (1, 1)
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_stream_that_begins_to_be_captured_gets_a_workspace_of_the_graph(
+    notes: DecodeNotes, monkeypatch: pytest.MonkeyPatch, planned: bool
+) -> None:
+    call = on_gpu(arguments())
+    plan = etap_rt.plan_decode(**call)
+    made: list[Any] = []
+
+    def empty(layout: Layout, owner: Any, shape: tuple[int, ...], dtype: str) -> Any:
+        made.append(owner.new_empty(shape, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.uint8))
+        return made[-1]
+
+    monkeypatch.setattr(interop, "empty", empty)
+    for capture in (0, 0, 7, 7, 8, 0):
+        monkeypatch.setattr(driver, "stream_state", lambda device, stream, capture=capture: (capture, SMS))
+        if planned:
+            plan.run(call["q"])
+        else:
+            etap_rt.mla_decode(**call)
+    scratch = [params.partial_stats for params in notes.params]
+    assert scratch[0] == scratch[1] == scratch[5] == 1 << 30
+    of_graphs = [x.data_ptr() for x in made if x.dtype == torch.uint8]
+    assert scratch[2:5] == of_graphs and len(set(of_graphs)) == 3
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_streams_that_take_turns_keep_their_own_workspaces(
+    notes: DecodeNotes, monkeypatch: pytest.MonkeyPatch, planned: bool
+) -> None:
+    addresses = itertools.count(1 << 30, 1 << 20)
+    monkeypatch.setattr(driver, "allocate_zeroed", lambda device, size: next(addresses))
+    call = on_gpu(arguments())
+    plan = etap_rt.plan_decode(**call)
+    for stream in (1, 2, 2, 1):
+        monkeypatch.setattr(interop, "current_stream", lambda layout, stream=stream: stream)
+        if planned:
+            plan.run(call["q"])
+        else:
+            etap_rt.mla_decode(**call)
+    first, second, third, fourth = ((params.partial_stats, params.counters) for params in notes.params)
+    assert first == fourth and second == third and len({*first, *second}) == 4
+    assert [stream for *_, stream in notes.launches] == [1, 2, 2, 1]
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_threads_do_not_mix_their_launches(notes: DecodeNotes, monkeypatch: pytest.MonkeyPatch, planned: bool) -> None:
+    addresses = itertools.count(1 << 30, 1 << 20)
+    monkeypatch.setattr(driver, "allocate_zeroed", lambda device, size: next(addresses))
+    monkeypatch.setattr(interop, "current_stream", lambda layout: threading.get_ident())
+    call = on_gpu(arguments())
+    plan = etap_rt.plan_decode(**call)
+    launched, launch = [], notes.launch
+
+    def launch_slowly(*arguments: Any) -> None:
+        time.sleep(0)  # lets another thread run, as a call of the driver does
+        launch(*arguments)
+        launched.append((threading.get_ident(), notes.params[-1].q_latent, notes.launches[-1][-1]))
+
+    monkeypatch.setattr(notes, "launch", launch_slowly)
+    expected = {}
+
+    def work() -> None:
+        q = CudaTensor(torch.zeros_like(call["q"].tensor))
+        expected[threading.get_ident()] = q
+        for _ in range(200):
+            if planned:
+                plan.run(q)
+            else:
+                etap_rt.mla_decode(**{**call, "q": q})
+        together.wait()  # thread identifiers are given to others again
+
+    together = threading.Barrier(4)
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(launched) == 800
+    assert all(expected[thread].data_ptr() == q and thread == stream for thread, q, stream in launched)
+    scratch = {(stream, params.counters) for (*_, stream), params in zip(notes.launches, notes.params)}
+    assert len(scratch) == 4 == len({counters for _, counters in scratch})
 
 
 def test_128_heads_are_two_row_tiles_of_one_lane(notes: DecodeNotes) -> None:
@@ -243,19 +341,26 @@ def test_128_heads_are_two_row_tiles_of_one_lane(notes: DecodeNotes) -> None:
 
 
 def test_an_empty_batch_launches_nothing(notes: DecodeNotes) -> None:
-    call = arguments(batch=0)
-    assert etap_rt.mla_decode(**call).shape == (0, 1, 16, 512)
+    for call in (arguments(batch=0), on_gpu(arguments(batch=0))):
+        for _ in range(2):
+            assert etap_rt.mla_decode(**call).shape == (0, 1, 16, 512)
+        assert etap_rt.plan_decode(**call).run(call["q"]).shape == (0, 1, 16, 512)
     assert not notes.launches
 
 
-def test_a_plan_runs_other_queries_into_its_own_outputs(notes: DecodeNotes) -> None:
+@pytest.mark.parametrize("as_is", [lambda call: call, on_gpu], ids=["described", "recognised"])
+def test_a_plan_runs_other_queries_into_its_own_outputs(notes: DecodeNotes, as_is: Any) -> None:
     call = arguments()
-    plan = etap_rt.plan_decode(**call, return_lse=True)
+    plan = etap_rt.plan_decode(**as_is(call), return_lse=True)
     assert not notes.launches
-    queries = [torch.zeros_like(call["q"]) for _ in range(2)]
+    odd = torch.zeros(call["q"].numel() + 1, dtype=torch.bfloat16)[1:].view(call["q"].shape)
+    queries = list(as_is({"first": torch.zeros_like(call["q"]), "second": odd}).values())
     for q in queries:
         assert plan.run(q) is plan.out
     assert [params.q_latent for params in notes.params] == [q.data_ptr() for q in queries]
+    assert [params.q_rope for params in notes.params] == [q.data_ptr() + 1024 for q in queries]
+    assert [params.q_vector_loads for params in notes.params] == [1, 0]
+    assert {params.k_latent for params in notes.params} == {call["kv_cache"].data_ptr()}
     assert {(params.out, params.lse) for params in notes.params} == {(plan.out.data_ptr(), plan.lse.data_ptr())}
 
 
@@ -275,7 +380,7 @@ def test_a_plan_launches_a_grid_for_the_sms_of_its_stream(notes: DecodeNotes, mo
     call = arguments()
     plan = etap_rt.plan_decode(**call)
     for sms in (SMS, 32, 32, SMS):
-        monkeypatch.setattr(driver, "stream_sm_count", lambda device, stream, sms=sms: sms)
+        monkeypatch.setattr(driver, "stream_state", lambda device, stream, sms=sms: (0, sms))
         plan.run(call["q"])
     assert [grid for grid, *_ in notes.launches] == [SMS, 32, 32, SMS]
 
@@ -288,11 +393,11 @@ def test_a_captured_run_of_a_plan_leaves_nothing_of_its_workspace_to_the_next(
     memory = torch.zeros(1, dtype=torch.uint8)
     monkeypatch.setattr(interop, "empty", lambda layout, owner, shape, dtype: memory)
     captures = iter((0, 7, 0, 0))
-    monkeypatch.setattr(driver, "capturing", lambda device, stream: next(captures))
+    monkeypatch.setattr(driver, "stream_state", lambda device, stream: (next(captures), SMS))
     for _ in range(4):
         plan.run(call["q"])
     eager, captured, *others = [params.partial_stats for params in notes.params]
-    assert (captured, others, notes.early) == (memory.data_ptr(), [eager] * 2, 1)
+    assert (captured, others) == (memory.data_ptr(), [eager] * 2)
 
 
 def test_a_plan_on_the_cpu_computes_what_a_call_computes() -> None:
@@ -320,6 +425,19 @@ def test_a_plan_refuses_queries_of_another_layout(notes: DecodeNotes, other: Any
     plan = etap_rt.plan_decode(**call)
     with pytest.raises(etap_rt.ArgumentError, match=r"^q(\[0\])?: got .*planned"):
         plan.run(other(call["q"]))
+    with pytest.raises(etap_rt.ArgumentError, match=r"^q(\[0\])?: got .*planned"):
+        q = other(call["q"])
+        seen = tuple(map(CudaTensor, q)) if isinstance(q, tuple) else CudaTensor(q)
+        etap_rt.plan_decode(**on_gpu(call)).run(seen)
+    assert not notes.launches
+
+
+def test_a_plan_refuses_queries_that_begin_within_an_element(notes: DecodeNotes) -> None:
+    call = on_gpu(arguments())
+    q, plan = call["q"], etap_rt.plan_decode(**call)
+    shifted = torch.frombuffer(bytearray(2 * q.numel() + 1), dtype=torch.bfloat16, offset=1).view(q.shape)
+    with pytest.raises(etap_rt.ArgumentError, match="^q: got address 0x"):
+        plan.run(CudaTensor(shifted))
     assert not notes.launches
 
 

@@ -38,10 +38,12 @@ def cells_of_a_lane(lengths: list[int], grid: Grid) -> int:
     return -(-(tiles + gaps) // grid.lanes)
 
 
-def tiles_of_a_lane(lengths: list[int], grid: Grid) -> int | None:
-    """What the busiest lane gets when each unit has equally many lanes; None with more units than lanes."""
-    share = grid.lanes // (len(lengths) * grid.passes)
-    return -(-max(map(unit_tiles, lengths)) // share) if share else None
+def cells_of_a_lane_evenly(lengths: list[int], grid: Grid) -> int:
+    """What the busiest lane gets when each unit has equally many lanes, or each lane equally many units."""
+    units, longest = len(lengths) * grid.passes, max(map(unit_tiles, lengths))
+    if units <= grid.lanes:
+        return -(-longest // (grid.lanes // units))
+    return -(-units // grid.lanes) * (longest + SWITCH_TILES)
 
 
 @given(lengths_of_a_batch, grids)
@@ -71,11 +73,11 @@ def test_every_tile_of_every_unit_is_computed_exactly_once(lengths: list[int], g
 @example([4096] * 16, H200)
 @example([64_000] * 16, H200)
 @example([64_000] * 15 + [0], H200)
-def test_no_lane_has_more_work_than_in_the_better_of_the_two_divisions(lengths: list[int], grid: Grid) -> None:
+def test_no_lane_has_more_than_an_eighth_more_than_its_part(lengths: list[int], grid: Grid) -> None:
     work = divide(lengths, grid)
     assert len(work) == grid.lanes
-    in_a_row, evenly = cells_of_a_lane(lengths, grid), tiles_of_a_lane(lengths, grid)
-    accepted = in_a_row if evenly is None else min(in_a_row, evenly)
+    in_a_row = cells_of_a_lane(lengths, grid)
+    accepted = in_a_row + in_a_row // 8
     gap = SWITCH_TILES if sum(map(tiles_of, work)) > grid.lanes else 0
     for segments in work:
         assert tiles_of(segments) + gap * max(0, len(segments) - 1) <= accepted
@@ -83,14 +85,14 @@ def test_no_lane_has_more_work_than_in_the_better_of_the_two_divisions(lengths: 
 
 @given(lengths_of_a_batch.filter(bool), grids)
 @example([4096] * 16, H200)
-def test_a_lane_never_changes_units_where_the_even_division_is_as_good(lengths: list[int], grid: Grid) -> None:
-    evenly = tiles_of_a_lane(lengths, grid)
-    if evenly is None or evenly > cells_of_a_lane(lengths, grid):
+@example([64_000] * 16, H200)
+@example([8192] * 128, Grid(rows=64, row_groups=2, passes=1, lanes=66))
+def test_no_unit_is_divided_at_any_place_where_the_even_division_costs_little(lengths: list[int], grid: Grid) -> None:
+    in_a_row = cells_of_a_lane(lengths, grid)
+    if cells_of_a_lane_evenly(lengths, grid) > in_a_row + in_a_row // 8:
         return
     for segments in divide(lengths, grid):
-        assert len(segments) <= 1
-    loads = [tiles_of(segments) for segments in divide(lengths, grid)]
-    assert max(loads) == evenly
+        assert len(segments) <= 1 or all(segment.first_lane == segment.last_lane for segment in segments)
 
 
 def test_requests_of_one_length_get_the_same_lanes_each() -> None:
@@ -101,10 +103,23 @@ def test_requests_of_one_length_get_the_same_lanes_each() -> None:
 
 
 def test_lanes_that_would_be_left_over_are_worth_a_change_of_units() -> None:
-    """16 requests of 1000 tiles on 132 lanes: 122 for each lane, where 8 lanes a request would have 125."""
-    work = divide([64_000] * 16, H200)
-    assert max(map(tiles_of, work)) == 122
+    """28 requests of 1000 tiles on 132 lanes: 213 for each lane, where 4 lanes a request would have 250."""
+    work = divide([64_000] * 28, H200)
+    assert max(map(tiles_of, work)) == 213
     assert all(work)
+
+
+def test_a_few_lanes_are_left_over_rather_than_change_units() -> None:
+    """16 requests of 1000 tiles on 132 lanes: 125 on each of 128 lanes, not 122 on all and twice as much to merge."""
+    assert [tiles_of(segments) for segments in divide([64_000] * 16, H200)] == [125] * 128 + [0] * 4
+
+
+def test_with_more_units_than_lanes_a_lane_has_whole_units() -> None:
+    """128 requests of 128 heads: two on each of 64 lanes."""
+    work = divide([8192] * 128, Grid(rows=64, row_groups=2, passes=1, lanes=66))
+    assert [[(s.request, s.tile_begin, s.tile_end) for s in segments] for segments in work] == [
+        [(2 * lane, 0, 128), (2 * lane + 1, 0, 128)] for lane in range(64)
+    ] + [[], []]
 
 
 def test_a_long_request_gets_the_lanes_that_short_ones_do_not_need() -> None:
