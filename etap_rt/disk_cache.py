@@ -6,12 +6,14 @@ A kernel has two files in it:
     <entry>-<sha256>.cubin   the machine code, named by its own content
 
 Both are written to a temporary name and renamed into place, so readers and racing writers only ever see whole
-files; what a killed process leaves is a temporary file, which a later writer deletes. Whatever is damaged,
-missing or about another kernel is as good as not there: the kernel is compiled again and the entry replaced.
+files; what a killed process leaves is a temporary file, which is deleted when it is so old that nobody can be
+writing it any more. Whatever is damaged, missing or about another kernel is as good as not there: the kernel is
+compiled again and the entry replaced.
 
 Machine code runs with the user's rights. So only what nobody but the user (and root) can have written is
 believed, directory and files alike, symbolic links in place of files are not followed, and what is written is
-private. All files are opened relative to the directory that was checked.
+private. The directory may be a link that the user or root has made. All files are opened relative to the directory
+that was checked.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ LIMIT_VARIABLE = "ETAP_RT_CACHE_LIMIT_MB"
 LIMIT_MB = 256  # of 10**6 bytes, unless the environment says otherwise; the kernels of one version take some 6
 MAX_FILE_BYTES = 1 << 26  # a larger file is none of ours
 STALE_SECONDS = 600  # age from which a temporary file is what a killed process left; writing one takes no second
+STORE_ATTEMPTS = 5  # while others delete what is being written, or the directory
 
 _RECORD = re.compile(r"([0-9a-f]{64})\.json")
 _CUBIN = re.compile(r"\w+-[0-9a-f]{64}\.cubin")
@@ -91,9 +94,9 @@ def cache_directory() -> Path | None:
 
 def cache_problem() -> str:
     """Why kernels cannot be kept on disk, as far as one can tell without trying; empty if nothing speaks against it."""
-    directory = cache_directory()
     try:
-        if directory is not None and not directory.exists():
+        directory = cache_directory()
+        if directory is not None and not os.path.lexists(directory):
             existing = next(path for path in directory.parents if path.exists())
             return "" if existing.is_dir() and os.access(existing, os.W_OK) else f"{existing} cannot be written"
         with _open_directory():
@@ -120,14 +123,26 @@ def cache_entries() -> list[CacheEntry]:
 
 
 def clear_cache() -> int:
-    """Delete every file of the disk cache, broken ones included and others left alone. Returns how many."""
+    """Delete the kernels of the disk cache, broken ones included, and what killed processes left. Returns how many.
+
+    Other files are left alone, and so is what another process is writing now. Raises OSError when a file cannot be
+    deleted, after the others.
+    """
     directory = cache_directory()
-    if directory is None or not directory.is_dir():
+    if directory is None:
         return 0
-    files = [path for path in directory.iterdir() if any(pattern.fullmatch(path.name) for pattern in _PATTERNS)]
-    for path in files:
-        path.unlink(missing_ok=True)
-    return len(files)
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    try:
+        names = [name for name, status in _files(fd) if not _TEMPORARY.fullmatch(name) or _is_stale(status)]
+        problems = [problem for name in names if (problem := _delete(fd, name))]
+    finally:
+        os.close(fd)
+    if problems:
+        raise problems[0]
+    return len(names)
 
 
 def find(key: str) -> Found | None:
@@ -155,10 +170,10 @@ def store(key: str, entry: str, cubin: bytes, record: dict[str, Any]) -> Path | 
     text = json.dumps({"checksum": _checksum(record), "record": record}).encode()
     files = {name: cubin, f"{key}.json": text}
     try:
-        try:
-            return _write_entry(files) / name
-        except FileNotFoundError:  # somebody deleted the directory while we were at it
-            return _write_entry(files) / name
+        for _ in range(STORE_ATTEMPTS - 1):
+            with suppress(FileNotFoundError):  # somebody deleted the directory, or the file, while we were at it
+                return _write_entry(files) / name
+        return _write_entry(files) / name
     except OSError as error:
         _warn_once(str(error))
         return None
@@ -178,14 +193,17 @@ def _open_directory(create: bool = False) -> Iterator[_Directory]:
     path = cache_directory()
     if path is None:
         raise FileNotFoundError("there is no user cache directory")
-    if create:
+    if create and not path.is_symlink():  # where a link leads is not ours to make
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        status = os.fstat(fd)
-        shared = not _is_private(status)
+        status, link = os.fstat(fd), os.lstat(path)
+        foreign_link = stat.S_ISLNK(link.st_mode) and not _is_trusted_owner(link)
+        shared = foreign_link or not _is_private(status)
         if shared and os.environ.get(SHARED_VARIABLE) != "1":
             who = f"owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}"
+            if foreign_link:
+                who = f"a symbolic link of user {link.st_uid}"
             raise PermissionError(
                 f"other users may write to {path} ({who}); make it yours alone with chown and chmod go-w, "
                 f"or accept it with {SHARED_VARIABLE}=1"
@@ -197,7 +215,11 @@ def _open_directory(create: bool = False) -> Iterator[_Directory]:
 
 def _is_private(status: os.stat_result) -> bool:
     """Whether nobody but this user and root can have written a file or directory."""
-    return status.st_uid in (os.geteuid(), 0) and not status.st_mode & _WRITABLE_BY_OTHERS
+    return _is_trusted_owner(status) and not status.st_mode & _WRITABLE_BY_OTHERS
+
+
+def _is_trusted_owner(status: os.stat_result) -> bool:
+    return status.st_uid in (os.geteuid(), 0)
 
 
 def _read_entry(directory: _Directory, key: str) -> Found | None:
@@ -251,27 +273,45 @@ def _clean_up(directory: _Directory, keep: Any) -> None:
     A record and its cubin are used together, so they go together. Processes that read what is deleted compile it
     again; a process that has it in memory does not notice.
     """
-    stale = time.time() - STALE_SECONDS
     files = []
-    with os.scandir(directory.fd) as listing:
-        for entry in listing:
-            if not any(pattern.fullmatch(entry.name) for pattern in _PATTERNS):
-                continue
-            with suppress(OSError):  # another process may have deleted it
-                status = entry.stat(follow_symlinks=False)
-                if not _TEMPORARY.fullmatch(entry.name):
-                    files.append((status.st_mtime_ns, entry.name, status.st_size))
-                elif status.st_mtime < stale:
-                    os.unlink(entry.name, dir_fd=directory.fd)
+    for name, status in _files(directory.fd):
+        if not _TEMPORARY.fullmatch(name):
+            files.append((status.st_mtime_ns, name, status.st_size))
+        elif _is_stale(status):
+            _delete(directory.fd, name)
     limit = _limit_bytes()
     excess = sum(size for _, _, size in files) - limit if limit else 0
     for _, name, size in sorted(files):
         if excess <= 0:
             break
         if name not in keep:
-            with suppress(OSError):
-                os.unlink(name, dir_fd=directory.fd)
+            _delete(directory.fd, name)
             excess -= size
+
+
+def _files(fd: int) -> Iterator[tuple[str, os.stat_result]]:
+    """The files of a cache directory that are the cache's by their names; of links, the links."""
+    with os.scandir(fd) as listing:
+        for entry in listing:
+            if any(pattern.fullmatch(entry.name) for pattern in _PATTERNS):
+                with suppress(OSError):  # another process may have deleted it
+                    yield entry.name, entry.stat(follow_symlinks=False)
+
+
+def _delete(fd: int, name: str) -> OSError | None:
+    """Delete a file of a directory, unless another process has; what went wrong, if anything."""
+    try:
+        os.unlink(name, dir_fd=fd)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return error
+    return None
+
+
+def _is_stale(status: os.stat_result) -> bool:
+    """Whether a temporary file is so old that its writer must be dead."""
+    return status.st_mtime < time.time() - STALE_SECONDS
 
 
 def _limit_bytes() -> int:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import html
 import importlib
 import math
-import operator
 import os
 import re
 import weakref
 from array import array
 from collections.abc import Iterable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,8 +19,11 @@ from etap_rt.interop import Array, Layout, as_numpy, describe, numpy_dtype, reme
 from etap_rt.kernels import ELEMENT_TYPES, ElementType
 from etap_rt.kv_memory import CHUNK_BYTES, ELEMENT_BYTES, THREADS, DeviceMemory, Geometry, HostMemory
 from etap_rt.kv_pages import IntArray, PagePool, Reservation, Sequence
+from etap_rt.overlap import overlap, span
+from etap_rt.scalars import integer, positive, shown
 
 MAX_INDEX = (1 << 31) - 1  # of slots and of block table entries: they are int32
+MAX_BYTES = (1 << 63) - 1  # of a pool: no library has arrays beyond
 SHOWN_SEQUENCES = 32  # rows of the HTML table
 OWN_COLOR, SHARED_COLOR = "#4c78a8", "#f58518"
 
@@ -98,17 +100,17 @@ class PagedKVCache:
         max_batch: int = 256,
         max_pages_per_sequence: int | None = None,
     ) -> None:
-        num_pages = _positive(num_pages, "num_pages")
+        num_pages = positive(num_pages, "num_pages")
         max_pages = num_pages if max_pages_per_sequence is None else max_pages_per_sequence
         self._geometry = Geometry(
-            _positive(num_layers, "num_layers"),
+            positive(num_layers, "num_layers"),
             num_pages,
-            _positive(page_size, "page_size"),
-            _positive(latent_dim, "latent_dim"),
-            _positive(rope_dim, "rope_dim"),
+            positive(page_size, "page_size"),
+            positive(latent_dim, "latent_dim"),
+            positive(rope_dim, "rope_dim"),
             _element_type(dtype),
-            _positive(max_batch, "max_batch"),
-            _positive(max_pages, "max_pages_per_sequence"),
+            positive(max_batch, "max_batch"),
+            positive(max_pages, "max_pages_per_sequence"),
         )
         _check_geometry(self._geometry)
         device_name = _device_name(device)
@@ -189,15 +191,14 @@ class PagedKVCache:
     def truncate(self, sequence: int, length: int) -> None:
         """Keep the first `length` tokens; pages behind them are given back."""
         found = self._find(sequence)
-        length = _integer(length, "length")
+        length = integer(length, "length")
         if not 0 <= length <= found.length:
             raise ArgumentError("length", str(length), f"0 ... {found.length}, the tokens of sequence {sequence}")
         self._pool.truncate(found, length)
 
     def free(self, sequence: int) -> None:
         """End a sequence; pages that nobody else shares are given back."""
-        self._pool.free(self._find(sequence))
-        del self._sequences[sequence]
+        self._pool.free(self._sequences.pop(self._number(sequence)))
 
     def reserve(self, sequences: Iterable[int], counts: Iterable[int], *, out: Any = None) -> Any:
         """Make room for counts[i] new tokens at the end of sequences[i], in every layer; all or nothing.
@@ -206,7 +207,7 @@ class PagedKVCache:
             sequences: each at most once.
             counts: tokens, 0 or more.
             out: (m,) int32 or int64 on the cache's device, at least one element a token; takes the slots, then -1.
-                An array that a captured graph writes by keeps its place this way.
+                An array that a captured graph writes by keeps its place this way. No view of the cache's own arrays.
 
         Returns:
             Slots (sum(counts),) int32 on the cache's device, sequence after sequence; or `out`. A slot is
@@ -232,6 +233,7 @@ class PagedKVCache:
         if out is None:
             self._issue(slots.owner, reservation)
         else:
+            self._issued.pop(id(out), None)  # if an earlier call returned it, it does not hold those slots any more
             values = np.full(slots.layout.shape, -1, np.int32)
             values[:total] = reservation.slots
         self._memory.begin_step(slots, values, reservation.copies)
@@ -246,7 +248,8 @@ class PagedKVCache:
                 are copied. A token with slot -1 is skipped.
             latent: (n, latent_dim) in the cache's dtype, or float32, which is rounded to nearest even.
             rope: (n, rope_dim), likewise. The last dim of both is contiguous; on a GPU rows start at multiples of
-                16 bytes.
+                16 bytes. Neither may be a view of the layer that is written, since rows are read while others are
+                written; other layers are as good as any memory.
         """
         layer = self._check_layer(layer)
         target, latent_rows, rope_rows = describe(slots, "slots"), describe(latent, "latent"), describe(rope, "rope")
@@ -261,6 +264,8 @@ class PagedKVCache:
             self._check_slots(as_numpy(target))
             if self._layout.device_type == "cuda":
                 self._memory.refuse_capture("write with slots on the host")
+        self._check_apart(layer, latent_rows, "latent")
+        self._check_apart(layer, rope_rows, "rope")
         self._check_fresh(slots)
         self._memory.write(layer, target, latent_rows, rope_rows)
 
@@ -277,7 +282,7 @@ class PagedKVCache:
         sequence from call to call costs little.
         """
         found = self._find_all(sequences)
-        rows = len(found) if rows is None else _integer(rows, "rows")
+        rows = len(found) if rows is None else integer(rows, "rows")
         if not len(found) <= rows <= self.max_batch:
             name, least = ("sequences", 0) if rows == len(found) else ("rows", len(found))
             raise ArgumentError(name, str(rows), f"{least} ... {self.max_batch} (max_batch)")
@@ -322,6 +327,8 @@ class PagedKVCache:
 
         Args:
             source: a path, or the pair (latent, rope) of host arrays as in SequenceTokens, in the cache's dtype.
+
+        Raises OSError when a file cannot be read, ArgumentError when it is not one that `export` wrote.
         """
         pair = _read_file(source) if isinstance(source, (str, os.PathLike)) else source
         latent, rope = self._check_tokens(pair)
@@ -360,22 +367,27 @@ class PagedKVCache:
         return name
 
     def _find(self, name: Any) -> Sequence:
-        try:
-            return self._sequences[name]
-        except (KeyError, TypeError):
-            self._unknown(name)
+        return self._sequences[self._number(name)]
 
     def _find_all(self, names: Iterable[Any]) -> list[Sequence]:
-        try:
-            return [self._sequences[name] for name in names]
-        except KeyError as error:
-            self._unknown(error.args[0])
-        except TypeError as error:  # not iterable, or something in it cannot be a key
-            raise ArgumentTypeError("sequences", repr(names), "sequences in a list") from error
+        listed = _items(names, "sequences", "sequences in a list")
+        if _all_are_int(listed):
+            try:
+                return [self._sequences[name] for name in listed]
+            except KeyError:
+                pass  # to be told below
+        return [self._find(name) for name in listed]
 
-    def _unknown(self, name: Any) -> NoReturn:
-        was = "was freed" if isinstance(name, int) and 0 <= name < self._next_name else "is unknown"
-        raise SequenceError(f"sequence {name!r} {was}") from None
+    def _number(self, name: Any) -> int:
+        """A live sequence, as the integer that it is."""
+        try:
+            number = integer(name, "sequence")
+        except ArgumentTypeError:
+            raise SequenceError(f"sequence {shown(name)} is unknown") from None
+        if number not in self._sequences:
+            was = "was freed" if 0 <= number < self._next_name else "is unknown"
+            raise SequenceError(f"sequence {number} {was}")
+        return number
 
     def _issue(self, slots: Any, reservation: Reservation) -> None:
         """Remember what an array of slots stands for, as long as it lives."""
@@ -408,7 +420,7 @@ class PagedKVCache:
         return np.stack([index.astype(np.int32), np.array(values, np.int32)], axis=1)
 
     def _check_layer(self, layer: Any) -> int:
-        index = _integer(layer, "layer")
+        index = integer(layer, "layer")
         if not 0 <= index < self.num_layers:
             raise ArgumentError("layer", str(index), f"0 ... {self.num_layers - 1}")
         return index
@@ -420,7 +432,18 @@ class PagedKVCache:
             raise ArgumentError("out", "a read-only array", "one that can be written")
         if slots.layout.shape[0] < tokens:
             raise ArgumentError("out", f"{slots.layout.shape[0]} elements", f"at least {tokens}, one for each token")
+        if any(overlap(slots, own) for own in self._memory.own):
+            raise ArgumentError("out", "a view of the cache's own arrays", "an array of the caller's")
         return slots
+
+    def _check_apart(self, layer: int, rows: Array, name: str) -> None:
+        """Check that rows to be written do not lie in the layer that they go to."""
+        pool, layer_bytes = self._memory.pool.pointer, self._geometry.layer_bytes
+        if not 0 <= rows.pointer - pool < self._geometry.total_bytes:
+            return  # no view of the pool
+        begin, end = span(rows)
+        if begin < pool + (layer + 1) * layer_bytes and pool + layer * layer_bytes < end:
+            raise ArgumentError(name, f"a view of layer {layer}, which is written", "other memory, such as a copy")
 
     def _check_rows(self, slots: Layout, latent: Layout, rope: Layout) -> None:
         """Check the arguments of write as far as layouts tell."""
@@ -478,25 +501,22 @@ class PagedKVCache:
         return as_numpy(latent), as_numpy(rope)
 
 
-def _integer(value: Any, name: str) -> int:
+def _items(values: Iterable[Any], name: str, accepted: str) -> list[Any]:
     try:
-        return int(operator.index(value))
-    except TypeError as error:
-        raise ArgumentTypeError(name, repr(value), "an integer") from error
+        return list(values.tolist() if isinstance(values, np.ndarray) else values)  # at once, not one by one
+    except TypeError as error:  # nothing that can be gone through
+        raise ArgumentTypeError(name, shown(values), accepted) from error
 
 
-def _positive(value: Any, name: str) -> int:
-    number = _integer(value, name)
-    if number < 1:
-        raise ArgumentError(name, str(number), "1 or more")
-    return number
+def _all_are_int(values: list[Any]) -> bool:
+    """Whether they can be taken as they are: thousands of them come each step, so they are not looked at one by one."""
+    return set(map(type, values)) <= {int}
 
 
 def _counts(counts: Iterable[Any], expected: int) -> list[int]:
-    try:
-        numbers = list(map(operator.index, counts))
-    except TypeError as error:
-        raise ArgumentTypeError("counts", repr(counts), "integers in a list") from error
+    numbers = _items(counts, "counts", "integers in a list")
+    if not _all_are_int(numbers):
+        numbers = [integer(number, f"counts[{i}]") for i, number in enumerate(numbers)]
     if len(numbers) != expected:
         raise ArgumentError("counts", f"{len(numbers)} of them", f"one for each of {expected} sequences")
     if numbers and min(numbers) < 0:
@@ -512,8 +532,8 @@ def _is_torch(x: Any) -> bool:
 def _element_type(dtype: Any) -> ElementType:
     try:
         name = str(dtype).removeprefix("torch.") if _is_torch(dtype) else np.dtype(dtype).name
-    except TypeError:
-        name = repr(dtype)
+    except (TypeError, ValueError, SyntaxError):  # all of them NumPy's, for what is no dtype
+        name = shown(dtype)
     if dtype is None:  # which NumPy takes for float64
         name = "None"
     for element_type in ELEMENT_TYPES:
@@ -525,7 +545,7 @@ def _element_type(dtype: Any) -> ElementType:
 def _device_name(device: Any) -> str:
     name = str(device)
     if not re.fullmatch(r"cpu(:0)?|cuda(:\d+)?", name):
-        raise ArgumentError("device", repr(device), '"cpu", "cuda" or "cuda:1"')
+        raise ArgumentError("device", shown(device), '"cpu", "cuda" or "cuda:1"')
     return name.removesuffix(":0") if name.startswith("cpu") else name
 
 
@@ -538,6 +558,9 @@ def _check_geometry(g: Geometry) -> None:
         raise ArgumentError("latent_dim + rope_dim", str(g.row_dims), f"at most {THREADS * chunk_dims}")
     if g.num_slots > MAX_INDEX:
         raise ArgumentError("num_pages * page_size", str(g.num_slots), f"at most {MAX_INDEX}")
+    if g.total_bytes > MAX_BYTES:
+        most = MAX_BYTES // g.layer_bytes
+        raise ArgumentError("num_layers", str(g.num_layers), f"at most {most}, of {g.layer_bytes} bytes each")
     if g.max_batch * g.max_pages > MAX_INDEX:
         given = f"{g.max_batch} * {g.max_pages}"
         raise ArgumentError("max_batch * max_pages_per_sequence", given, f"at most {MAX_INDEX}")
@@ -564,7 +587,7 @@ def _safetensors(module: str) -> Any:
 def _write_file(path: str | os.PathLike[str], latent: Any, rope: Any) -> None:
     save_file, refused = _safetensors("numpy").save_file, _safetensors("").SafetensorError
     if not isinstance(path, (str, os.PathLike)):
-        raise ArgumentTypeError("path", repr(path), "a path")
+        raise ArgumentTypeError("path", shown(path), "a path")
     try:
         save_file({"latent": latent, "rope": rope}, path)
     except refused as error:
@@ -576,7 +599,7 @@ def _read_file(path: str | os.PathLike[str]) -> tuple[Any, Any]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
             return file.get_tensor("latent"), file.get_tensor("rope")
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, AttributeError) as error:  # the latter for a dtype that NumPy does not have
         raise ArgumentError("source", f"{os.fspath(path)} ({error})", "a file that export wrote") from error
 
 

@@ -73,7 +73,7 @@ class _Arrays:
     """The arrays of a cache, of one library on one device.
 
     Attributes: pool (num_layers, num_pages, page_size, row_dims); layers, its views one by one;
-    block_table (max_batch, max_pages) int32; cache_seqlens (max_batch,) int32.
+    block_table (max_batch, max_pages) int32; cache_seqlens (max_batch,) int32; own, all of them as described.
     """
 
     def __init__(self, geometry: Geometry, library: str, device: str) -> None:
@@ -86,6 +86,7 @@ class _Arrays:
         self.cache_seqlens = self.new_array((g.max_batch,), "int32")
         self._table = describe(self.block_table, "block_table")
         self._lengths = describe(self.cache_seqlens, "cache_seqlens")
+        self.own = (self.pool, self._table, self._lengths)
 
     def new_array(self, shape: tuple[int, ...], dtype: str) -> Any:
         """An uninitialised array of the same library on the same device."""

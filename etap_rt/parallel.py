@@ -21,8 +21,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from etap_rt import arguments, decode
-from etap_rt.errors import ArgumentError, ArgumentTypeError
+from etap_rt.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from etap_rt.interop import Array, describe, to_host
+from etap_rt.scalars import check_flag, integer
 from etap_rt.states import merge_states
 
 if TYPE_CHECKING:
@@ -53,8 +54,8 @@ def mla_decode(
         kv_cache, block_table: of this rank alone; page sizes and tables may differ from rank to rank.
         cache_seqlens: (b,) int32; tokens of each request that this rank has.
         newest_rank: rank, in the group, of each request's newest tokens: an int if it is the same for all, or (b,)
-            int32 or int64 on q's device, which costs a second pass. Needed where `causal` may mask anything: with
-            s_q above 1 or ragged queries. The same on all ranks.
+            int32 or int64 on the device of cache_seqlens, which costs a second pass. Needed where `causal` may mask
+            anything: with s_q above 1 or ragged queries. The same on all ranks.
         group: the process group; None is the default group.
         scatter_heads: return a part of the heads on each rank instead of all on every rank: rank i of n gets heads
             i * h / n to (i + 1) * h / n. Moves half of the bytes.
@@ -67,10 +68,8 @@ def mla_decode(
     Raises what `etap_rt.mla_decode` raises. What only the ranks together can see is checked by `check_inputs`.
     """
     ranks, rank = _place(group)
-    queries = _describe_queries(q)
-    newest = _check_newest(newest_rank, queries, causal, cu_seqlens_q, cache_seqlens, ranks)
-    if scatter_heads:
-        _check_heads(queries.layout.shape, ranks)
+    check_flag(return_lse, "return_lse")
+    newest = _check_spread(q, cache_seqlens, causal, newest_rank, cu_seqlens_q, scatter_heads, ranks)
 
     def attend(lengths: Any, masked: bool) -> Any:
         return decode.mla_decode(
@@ -114,6 +113,7 @@ def combine_states(
     Raises ArgumentError or ArgumentTypeError for shapes and dtypes of this rank; what other ranks gave is not seen.
     """
     ranks, rank = _place(group)
+    check_flag(scatter_heads, "scatter_heads")
     _check_state(_describe_tensor(out, "out"), _describe_tensor(lse, "lse"))
     if scatter_heads:
         _check_heads(out.shape, ranks)
@@ -124,6 +124,7 @@ def combine_states(
 
     import torch
 
+    out, lse = out.detach(), lse.detach()
     every = lse.new_empty((ranks * lse.shape[0], *lse.shape[1:]))
     _collective("all_gather_single", "all_gather_into_tensor")(every, lse.contiguous(), group=group)
     total = every.view(ranks, *lse.shape).logsumexp(0)
@@ -166,10 +167,7 @@ def check_inputs(
     ranks, _ = _place(group)
     found: _Facts | ArgumentError | ArgumentTypeError
     try:
-        queries = _describe_queries(q)
-        newest = _check_newest(newest_rank, queries, causal, cu_seqlens_q, cache_seqlens, ranks)
-        if scatter_heads:
-            _check_heads(queries.layout.shape, ranks)
+        newest = _check_spread(q, cache_seqlens, causal, newest_rank, cu_seqlens_q, scatter_heads, ranks)
         arguments.check_inputs(
             q,
             kv_cache,
@@ -258,6 +256,15 @@ def _place(group: ProcessGroup | None) -> tuple[int, int]:
     """Ranks of the group, and this process's among them."""
     import torch
 
+    if not torch.distributed.is_available():
+        raise UnsupportedError("torch.distributed is not in this torch", "one that is built with it")
+    outside = torch.distributed.GroupMember.NON_GROUP_MEMBER  # what new_group returns where a process is not in it
+    if group is None:
+        if not torch.distributed.is_initialized():
+            accepted = "a process group, or a call of torch.distributed.init_process_group before"
+            raise ArgumentError("group", "None where there is no default group", accepted)
+    elif group is not outside and not isinstance(group, torch.distributed.ProcessGroup):
+        raise ArgumentTypeError("group", type(group).__name__, "a torch.distributed.ProcessGroup or None")
     rank = torch.distributed.get_rank(group)
     if rank < 0:
         raise ArgumentError("group", "a group that this process is not in", "one that it is in")
@@ -271,29 +278,38 @@ def _describe_tensor(x: Any, name: str) -> Array:
     return array
 
 
-def _describe_queries(q: Any) -> Array:
-    """q, or the latent part of it."""
-    return _describe_tensor(q[0], "q[0]") if isinstance(q, (tuple, list)) and q else _describe_tensor(q, "q")
-
-
-def _check_newest(newest_rank: Any, q: Array, causal: bool, cu_seqlens_q: Any, cache_seqlens: Any, ranks: int) -> Any:
-    """newest_rank, or None where nothing can be masked."""
-    if causal is not True and causal is not False:
-        raise ArgumentTypeError("causal", repr(causal), "True or False")
-    shape = q.layout.shape
-    if not causal or (cu_seqlens_q is None and len(shape) == 4 and shape[1] == 1):
+def _check_spread(
+    q: Any, cache_seqlens: Any, causal: Any, newest_rank: Any, cu_seqlens_q: Any, scatter_heads: Any, ranks: int
+) -> Any:
+    """Check what etap_rt.mla_decode does not know of; newest_rank, or None where nothing can be masked."""
+    check_flag(causal, "causal")
+    check_flag(scatter_heads, "scatter_heads")
+    queries = _describe_tensor(q[0], "q[0]") if isinstance(q, (tuple, list)) and q else _describe_tensor(q, "q")
+    shape = queries.layout.shape
+    if scatter_heads:
+        _check_heads(shape, ranks)
+    newest = None if newest_rank is None else _check_newest(newest_rank, cache_seqlens, ranks)
+    if not causal or (cu_seqlens_q is None and (len(shape) != 4 or shape[1] == 1)):
         return None
-    if newest_rank is None:
+    if newest is None:
+        if cu_seqlens_q is not None:
+            describe(cu_seqlens_q, "cu_seqlens_q")  # what is no array does not make queries ragged
         accepted = "the rank of each request's newest tokens, on which causal masks the keys of later queries"
         raise ArgumentError("newest_rank", "None", accepted)
-    if isinstance(newest_rank, int) and not isinstance(newest_rank, bool):
-        if not 0 <= newest_rank < ranks:
-            raise ArgumentError("newest_rank", str(newest_rank), f"0 ... {ranks - 1}")
-        return newest_rank
-    given, lengths = (
-        _describe_tensor(newest_rank, "newest_rank").layout,
-        describe(cache_seqlens, "cache_seqlens").layout,
-    )
+    return newest
+
+
+def _check_newest(newest_rank: Any, cache_seqlens: Any, ranks: int) -> Any:
+    """A rank for all requests, or a tensor with one for each."""
+    import torch
+
+    if not isinstance(newest_rank, torch.Tensor):
+        rank = integer(newest_rank, "newest_rank", "an integer, or a torch tensor with one for each request")
+        if not 0 <= rank < ranks:
+            raise ArgumentError("newest_rank", str(rank), f"0 ... {ranks - 1}")
+        return rank
+    given = _describe_tensor(newest_rank, "newest_rank").layout
+    lengths = _describe_tensor(cache_seqlens, "cache_seqlens").layout
     if given.dtype not in ("int32", "int64"):
         raise ArgumentError("newest_rank", f"dtype {given.dtype}", "int32 or int64")
     if given.shape != lengths.shape:
@@ -322,6 +338,9 @@ def _check_state(out: Array, lse: Array) -> None:
     lse_shape = (*shape[:-3], shape[-2], shape[-3])
     if lse.layout.shape != lse_shape:
         raise ArgumentError("lse", f"shape {lse.layout.shape}", f"{lse_shape}, with out of shape {shape}")
+    if (lse.layout.device_type, lse.layout.device) != (out.layout.device_type, out.layout.device):
+        accepted = f"{out.layout.device_type}:{out.layout.device}, where out is"
+        raise ArgumentError("lse", f"device {lse.layout.device_type}:{lse.layout.device}", accepted)
 
 
 def _split_heads(x: torch.Tensor, ranks: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from etap_rt import compiler, interop
 from etap_rt.errors import ArgumentError
 from etap_rt.interop import Array, Layout, as_numpy, describe, remember
 from etap_rt.kernels import STATE_TYPES, KernelSpec, merge_states_spec
+from etap_rt.overlap import identical, overlap, span
 
 _Floats: TypeAlias = NDArray[Any]  # of a state's dtype or float32
 
@@ -38,8 +39,8 @@ def merge_states(
             strides and the address multiples of 16 bytes.
         lse_a, lse_b: natural logarithm of the sum of exp(scaled scores) over each part, (b, h, s_q) or (h, total_q)
             float32, any strides; -inf for a part without a key that the query sees.
-        out, lse: shaped like the inputs, written in place; made when not given. They may be an input: out_a or
-            out_b, lse_a or lse_b.
+        out, lse: shaped like the inputs, written in place; made when not given. They may be an input, whole and in
+            its order: out_a or out_b, lse_a or lse_b. Otherwise they share no memory with the inputs or each other.
 
     Returns:
         (out, lse) over both parts, in the library and on the device of out_a. Computed in float32 and rounded once. A
@@ -77,6 +78,8 @@ def merge_states(
         merged_lse = describe(lse, "lse")
     arrays = _Arrays(a, a_lse, b, b_lse, merged, merged_lse)
     _check_addresses(arrays)
+    if key[4] or key[5]:  # outputs that are made here lie nowhere else
+        _check_overlaps(arrays)
     if problem.rows:
         if a.layout.device_type == "cpu":
             _merge_on_host(*map(as_numpy, arrays))
@@ -250,3 +253,22 @@ def _check_addresses(arrays: _Arrays) -> None:
         on_host = array.layout.device_type == "cpu" and array.layout.library != "torch"
         if on_host and not array.owner.flags.writeable:
             raise ArgumentError(name, "a read-only array", "one that can be written")
+
+
+_WRITTEN_OVER = tuple((i, j) for i in (4, 5) for j in range(i))  # each output in _Arrays, and what comes before it
+
+
+def _check_overlaps(arrays: _Arrays) -> None:
+    """Check that nothing is written over what is still to be read: rows are merged in any order, many at a time."""
+    spans = [span(array) for array in arrays]
+    for i, j in _WRITTEN_OVER:
+        (begin, end), (other_begin, other_end) = spans[i], spans[j]
+        if begin < other_end and other_begin < end:
+            _check_overlap(_Arrays._fields[i], arrays[i], _Arrays._fields[j], arrays[j])
+
+
+def _check_overlap(name: str, output: Array, other_name: str, other: Array) -> None:
+    in_place = other_name.startswith(f"{name}_") and identical(output, other)
+    if not in_place and overlap(output, other):
+        accepted = f"{name}_a, {name}_b or memory apart from all other arrays"
+        raise ArgumentError(name, f"memory of {other_name}", accepted)

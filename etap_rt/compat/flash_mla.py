@@ -17,6 +17,7 @@ from etap_rt.compat import renamed
 from etap_rt.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from etap_rt.kernels import DIMS
 from etap_rt.reference import SM_COUNT
+from etap_rt.scalars import check_flag, integer, positive, shown
 
 LSE_FORM = LseForm(math.log(2), math.inf)
 METADATA_INTS = 8  # of each part in FlashMLA's metadata
@@ -67,8 +68,10 @@ def get_mla_metadata(
     beside it in FlashMLA's shapes, (parts, 8) and (b + 1,), both int32, for code that keeps copies of them.
     `num_heads_per_head_k` is the first release's name of `num_q_tokens_per_head_k`.
 
-    Raises UnsupportedError for FP8 and sparse attention.
+    Raises UnsupportedError for FP8 and sparse attention; ArgumentError or ArgumentTypeError, with the argument's name,
+    for lengths that are no such array and numbers that are no integers from 1 on.
     """
+    check_flag(is_fp8_kvcache, "is_fp8_kvcache")
     if is_fp8_kvcache:
         raise _unsupported("is_fp8_kvcache")
     if topk is not None:
@@ -79,9 +82,17 @@ def get_mla_metadata(
     layout = lengths.layout
     if len(layout.shape) != 1:
         raise ArgumentError("cache_seqlens", f"shape {layout.shape}", "(b,)")
-    rows = num_q_tokens_per_head_k if num_heads_per_head_k is None else num_heads_per_head_k
+    if layout.dtype != "int32":
+        raise ArgumentError("cache_seqlens", f"dtype {layout.dtype}", "int32")
+    if layout.device_type not in ("cuda", "cpu"):
+        raise ArgumentError("cache_seqlens", f"device {layout.device_type}", "cuda or cpu")
+    rows = positive(num_q_tokens_per_head_k, "num_q_tokens_per_head_k")
+    if num_heads_per_head_k is not None:
+        rows = positive(num_heads_per_head_k, "num_heads_per_head_k")
+    if num_heads_q is not None:
+        positive(num_heads_q, "num_heads_q")  # of no consequence, as in FlashMLA for dense attention
     sm_count = SM_COUNT if layout.device_type == "cpu" else driver.sm_count(layout.device)
-    parts = max(1, sm_count // num_heads_k // -(-rows // METADATA_ROWS))
+    parts = max(1, sm_count // positive(num_heads_k, "num_heads_k") // -(-rows // METADATA_ROWS))
     metadata = interop.empty(layout, lengths.owner, (parts, METADATA_INTS), "int32")
     num_splits = interop.empty(layout, lengths.owner, (layout.shape[0] + 1,), "int32")
     metadata[...] = num_splits[...] = 0
@@ -134,7 +145,7 @@ def flash_mla_with_kvcache(
     Raises what `etap_rt.mla_decode` raises; UnsupportedError names what belongs to sparse attention or FP8.
     """
     if (
-        is_fp8_kvcache
+        is_fp8_kvcache is not False
         or indices is not None
         or attn_sink is not None
         or extra_k_cache is not None
@@ -144,6 +155,7 @@ def flash_mla_with_kvcache(
         or descale_q is not None
         or descale_k is not None
     ):
+        check_flag(is_fp8_kvcache, "is_fp8_kvcache")
         _refuse(
             is_fp8_kvcache=is_fp8_kvcache or None,
             indices=indices,
@@ -158,9 +170,14 @@ def flash_mla_with_kvcache(
     q_shape, cache_shape = _shape(q, "q"), _shape(k_cache, "k_cache")
     if softmax_scale is None:
         softmax_scale = q_shape[3] ** -0.5
+    head_dim_v = integer(head_dim_v, "head_dim_v")
     if head_dim_v != _LATENT_DIMS.get(q_shape[3], head_dim_v):
         accepted = f"{_LATENT_DIMS[q_shape[3]]}, with q's last dim {q_shape[3]}"
         raise ArgumentError("head_dim_v", repr(head_dim_v), accepted)
+    if type(tile_scheduler_metadata) is not FlashMLASchedMeta:
+        _check_metadata(tile_scheduler_metadata, "tile_scheduler_metadata")
+    if num_splits is not None:
+        _check_metadata(num_splits, "num_splits")
     call_arguments = (block_table, cache_seqlens, softmax_scale, causal)
     try:
         if cache_shape[2] == 1:
@@ -183,22 +200,26 @@ def _decode_each_head(
     q: Any, k_cache: Any, call_arguments: tuple[Any, Any, float, bool], latent_dim: int, out: Any
 ) -> tuple[Any, Any]:
     """Every KV head with its own group of query heads; all are views."""
-    like = interop.describe(q, "q")
-    batch, s_q, heads, _ = like.layout.shape
-    kv_heads = k_cache.shape[2]
+    queries, cache = interop.describe(q, "q"), interop.describe(k_cache, "k_cache")
+    batch, s_q, heads, _ = queries.layout.shape
+    kv_heads = cache.layout.shape[2]
     if kv_heads == 0 or heads % kv_heads:
         raise ArgumentError("q", f"{heads} heads (dim 2)", f"a multiple of k_cache's {kv_heads} (dim 2)")
     shape = (batch, s_q, heads, latent_dim)
     if out is None:
-        out = interop.empty(like.layout, like.owner, shape, like.layout.dtype)
-    elif _shape(out, "out") != shape:
-        raise ArgumentError("out", f"shape {tuple(out.shape)}", str(shape))
-    lse = interop.empty(like.layout, like.owner, (batch, heads, s_q), "float32")
+        out = interop.empty(queries.layout, queries.owner, shape, queries.layout.dtype)
+    written = interop.describe(out, "out")
+    if written.layout.shape != shape:
+        raise ArgumentError("out", f"shape {written.layout.shape}", str(shape))
+    lse = interop.empty(queries.layout, queries.owner, (batch, heads, s_q), "float32")
     group = heads // kv_heads
+    calls = []
     for head in range(kv_heads):
         own = slice(head * group, (head + 1) * group)
-        own_out, own_lse = out[:, :, own], lse[:, own]
-        call = arguments.check(q[:, :, own], k_cache[:, :, head], *call_arguments, own_out, own_lse, lse_form=LSE_FORM)
+        own_q, own_cache = queries.owner[:, :, own], cache.owner[:, :, head]
+        outputs = written.owner[:, :, own], lse[:, own]
+        calls.append((arguments.check(own_q, own_cache, *call_arguments, *outputs, lse_form=LSE_FORM), *outputs))
+    for call, own_out, own_lse in calls:  # all of them are checked before any is launched
         decode.run(call, own_out, own_lse, *call_arguments[2:])
     return out, lse
 
@@ -206,12 +227,18 @@ def _decode_each_head(
 def _shape(x: Any, name: str) -> tuple[int, ...]:
     """The shape of an array that has to have four dims."""
     shape = getattr(x, "shape", None)
-    if shape is None:
+    if not isinstance(shape, tuple):
         interop.describe(x, name)  # says what it is
         raise ArgumentTypeError(name, type(x).__name__, "an array with a shape")
     if len(shape) != 4:
         raise ArgumentError(name, f"shape {tuple(shape)}", "four dims")
-    return shape  # type: ignore[no-any-return]
+    return shape
+
+
+def _check_metadata(value: Any, name: str) -> None:
+    """Nobody reads it, but something else in its place, say the scale, is missing where it belongs."""
+    if value is not None and not isinstance(value, FlashMLASchedMeta) and not getattr(value, "shape", ()):
+        raise ArgumentTypeError(name, shown(value), "what get_mla_metadata returned, or None")
 
 
 def _refuse(**given: Any) -> None:

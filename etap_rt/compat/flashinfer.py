@@ -15,10 +15,12 @@ from etap_rt.compat import renamed
 from etap_rt.errors import ArgumentError, ArgumentTypeError, EtapError, UnsupportedError
 from etap_rt.interop import Array
 from etap_rt.kernels import DIMS, ELEMENT_TYPES
+from etap_rt.scalars import check_flag, integer, shown
 from etap_rt.schedule import TILE_KEYS
 
 BASE_2 = LseForm(1.0, -math.inf)
 BACKENDS = ("auto", "fa2", "fa3")  # of FlashInfer; all are the same here
+MAX_PAGE_SIZE = (1 << 31) - 1  # no cache has more tokens
 
 mla = sys.modules[__name__]  # FlashInfer keeps the wrapper there
 
@@ -59,10 +61,15 @@ class BatchMLAPagedAttentionWrapper:
         kv_len_arr: Any = None,
         backend: str = "auto",
     ) -> None:
+        if not isinstance(backend, str):
+            raise ArgumentTypeError("backend", shown(backend), " or ".join(BACKENDS))
         if backend == "cutlass":
             raise UnsupportedError("backend cutlass of FlashInfer", f"one of {', '.join(BACKENDS)}")
         if backend not in BACKENDS:
             raise ArgumentError("backend", repr(backend), " or ".join(BACKENDS))
+        check_flag(use_cuda_graph, "use_cuda_graph")
+        _check_tensor(float_workspace_buffer, "float_workspace_buffer")
+        _check_device(float_workspace_buffer, "float_workspace_buffer")
         self.device = float_workspace_buffer.device
         self._buffers: dict[str, Any] | None = None
         if use_cuda_graph:
@@ -125,18 +132,19 @@ class BatchMLAPagedAttentionWrapper:
         }
         for name, index in indices.items():
             _check_index(index, name)
+            _check_device(index, name)
         _check_sizes(indices)
-        _check_dims(num_heads, head_dim_ckv, head_dim_kpe, page_size)
+        num_heads, head_dim_ckv, head_dim_kpe, page_size = _check_dims(num_heads, head_dim_ckv, head_dim_kpe, page_size)
         element = _check_types(q_data_type, kv_data_type)
-        if causal is not True and causal is not False:
-            raise ArgumentTypeError("causal", repr(causal), "True or False")
+        check_flag(causal, "causal")
         check_scale(sm_scale, "sm_scale")
+        check_flag(use_profiler, "use_profiler")
         if use_profiler:
             raise UnsupportedError("use_profiler: the profiler inside FlashInfer's kernels", "use_profiler=False")
 
+        no_rope = self._zeros(element, page_size, dict(DIMS)[head_dim_ckv]) if head_dim_kpe == 0 else None
         # Read once: every run is given the same arrays.
         on_device = {name: interop.describe(index, name) for name, index in self._keep(indices).items()}
-        no_rope = self._zeros(q_data_type, page_size, dict(DIMS)[head_dim_ckv]) if head_dim_kpe == 0 else None
         self._checked = None
         self._plan = _Plan(
             on_device["qo_indptr"],
@@ -180,8 +188,12 @@ class BatchMLAPagedAttentionWrapper:
         plan = self._plan
         if plan is None:
             raise EtapError("run() of a BatchMLAPagedAttentionWrapper before its first plan()")
+        check_flag(return_lse, "return_lse")
+        check_flag(return_lse_base_on_e, "return_lse_base_on_e")
+        _check_tensor(q_nope, "q_nope", "(total_q, num_heads, head_dim_ckv)", 3)
         by_heads = None  # lse as mla_decode lays it out
         if lse is not None:
+            _check_tensor(lse, "lse")
             if lse.shape != q_nope.shape[:2]:
                 raise ArgumentError("lse", f"shape {tuple(lse.shape)}", str(tuple(q_nope.shape[:2])))
             by_heads = lse.T
@@ -189,6 +201,9 @@ class BatchMLAPagedAttentionWrapper:
             lse = q_nope.new_empty(q_nope.shape[:2], dtype=sys.modules["torch"].float32)
             by_heads = lse.T
         if plan.no_rope is not None:
+            _check_tensor(ckv_cache, "ckv_cache", "(num_pages, page_size, head_dim_ckv)", 3)
+            _check_nothing(q_pe, "q_pe")
+            _check_nothing(kpe_cache, "kpe_cache")
             q_pe, kpe_cache = plan.no_rope.like(q_nope, ckv_cache)
         try:
             call = arguments.check(
@@ -224,11 +239,12 @@ class BatchMLAPagedAttentionWrapper:
             self._buffers[name][: index.shape[0]].copy_(index, non_blocking=True)
         return self._buffers
 
-    def _zeros(self, dtype: Any, page_size: int, rope_dim: int) -> _NoRope:
+    def _zeros(self, element: str, page_size: int, rope_dim: int) -> _NoRope:
         """Rope parts of zeros; kept for good, because a captured graph may read them."""
-        key = (str(dtype), page_size, rope_dim)
+        key = (element, page_size, rope_dim)
         if key not in self._no_ropes:
-            page = sys.modules["torch"].zeros(page_size, rope_dim, dtype=dtype, device=self.device)
+            torch = sys.modules["torch"]
+            page = torch.zeros(page_size, rope_dim, dtype=getattr(torch, element), device=self.device)
             self._no_ropes[key] = _NoRope(page)
         return self._no_ropes[key]
 
@@ -270,9 +286,31 @@ def _check_planned(problem: Problem, plan: _Plan) -> None:
             raise ArgumentError(name, f"{what} {value}", f"{planned}, as planned")
 
 
+def _check_tensor(x: Any, name: str, shape: str = "", dims: int | None = None) -> None:
+    """Check that it is a tensor of so many dims; what else there is to check of it comes later."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(x, torch.Tensor):
+        raise ArgumentTypeError(name, type(x).__name__, "a torch tensor")
+    if dims is not None and x.ndim != dims:
+        raise ArgumentError(name, f"shape {tuple(x.shape)}", shape)
+
+
+def _check_nothing(x: Any, name: str) -> None:
+    """Check that a rope part that nobody reads was not meant to be read."""
+    if x is not None:
+        _check_tensor(x, name)
+        if x.numel():
+            raise ArgumentError(name, f"shape {tuple(x.shape)}", "a last dim of 0, or None: head_dim_kpe was 0")
+
+
+def _check_device(x: Any, name: str) -> None:
+    if not (x.is_cuda or x.is_cpu):
+        raise ArgumentError(name, f"device {x.device}", "cuda or cpu")
+
+
 def _check_index(index: Any, name: str) -> None:
-    if not hasattr(index, "dtype") or not hasattr(index, "copy_"):
-        raise ArgumentTypeError(name, type(index).__name__, "a torch tensor")
+    _check_tensor(index, name)
+    interop.describe(index, name)  # refuses tensors that are sparse
     if str(index.dtype) != "torch.int32":
         raise ArgumentError(name, f"dtype {index.dtype}", "torch.int32")
     if index.ndim != 1:
@@ -287,16 +325,20 @@ def _check_sizes(indices: dict[str, Any]) -> None:
             raise ArgumentError(name, f"{indices[name].shape[0]} elements", f"{size}; qo_indptr has {batch + 1}")
 
 
-def _check_dims(num_heads: int, head_dim_ckv: int, head_dim_kpe: int, page_size: int) -> None:
-    if not 1 <= num_heads <= MAX_HEADS:
-        raise ArgumentError("num_heads", repr(num_heads), f"1 ... {MAX_HEADS}")
-    rope_dims = dict(DIMS)
-    if head_dim_ckv not in rope_dims:
-        raise ArgumentError("head_dim_ckv", repr(head_dim_ckv), " or ".join(map(str, rope_dims)))
-    if head_dim_kpe not in (rope_dims[head_dim_ckv], 0):
-        raise ArgumentError("head_dim_kpe", repr(head_dim_kpe), f"{rope_dims[head_dim_ckv]} or 0")
-    if page_size < 1 or (page_size % TILE_KEYS and TILE_KEYS % page_size):
-        raise ArgumentError("page_size", repr(page_size), f"a divisor or a multiple of {TILE_KEYS}")
+def _check_dims(num_heads: Any, head_dim_ckv: Any, head_dim_kpe: Any, page_size: Any) -> tuple[int, int, int, int]:
+    """Check the sizes, return them as integers."""
+    heads, ckv = integer(num_heads, "num_heads"), integer(head_dim_ckv, "head_dim_ckv")
+    kpe, size = integer(head_dim_kpe, "head_dim_kpe"), integer(page_size, "page_size")
+    if not 1 <= heads <= MAX_HEADS:
+        raise ArgumentError("num_heads", str(heads), f"1 ... {MAX_HEADS}")
+    rope_dims: dict[int, int] = dict(DIMS)
+    if ckv not in rope_dims:
+        raise ArgumentError("head_dim_ckv", str(ckv), " or ".join(map(str, rope_dims)))
+    if kpe not in (rope_dims[ckv], 0):
+        raise ArgumentError("head_dim_kpe", str(kpe), f"{rope_dims[ckv]} or 0")
+    if not 1 <= size <= MAX_PAGE_SIZE or (size % TILE_KEYS and TILE_KEYS % size):
+        raise ArgumentError("page_size", str(size), f"a divisor or a multiple of {TILE_KEYS}, below 2**31")
+    return heads, ckv, kpe, size
 
 
 def _check_types(q_data_type: Any, kv_data_type: Any) -> str:

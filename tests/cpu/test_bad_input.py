@@ -351,6 +351,17 @@ MAKING_MISTAKES: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "pages by name": (ArgumentTypeError, {"num_pages": "8"}, "num_pages: got '8', accepted is an integer"),
     "half a page": (ArgumentTypeError, {"page_size": 2.5}, "page_size: got 2.5, accepted is an integer"),
     "no layers": (ArgumentError, {"num_layers": 0}, "num_layers: got 0, accepted is 1 or more"),
+    "flag for a number": (ArgumentTypeError, {"num_layers": True}, "num_layers: got True, accepted is an integer"),
+    "array for a number": (
+        ArgumentTypeError,
+        {"max_batch": ints(9, 9)},
+        "max_batch: got ndarray, accepted is an integer",
+    ),
+    "more bytes than there are addresses": (
+        ArgumentError,
+        {"num_layers": 1 << 60},
+        "num_layers: got 1152921504606846976, accepted is at most 6004799503160661, of 1536 bytes each",
+    ),
     "too many tokens": (
         ArgumentError,
         {"num_pages": 1 << 30},
@@ -370,6 +381,11 @@ MAKING_MISTAKES: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "float32": (ArgumentError, {"dtype": "float32"}, "dtype: got float32, accepted is bfloat16 or float16"),
     "no dtype": (ArgumentError, {"dtype": None}, "dtype: got None, accepted is bfloat16 or float16"),
     "unknown dtype": (ArgumentError, {"dtype": "half-ish"}, "dtype: got 'half-ish', accepted is bfloat16 or float16"),
+    "dtype that NumPy cannot read": (
+        ArgumentError,
+        {"dtype": "f4,("},
+        "dtype: got 'f4,(', accepted is bfloat16 or float16",
+    ),
     "device by number": (ArgumentError, {"device": 0}, 'device: got 0, accepted is "cpu", "cuda" or "cuda:1"'),
     "unknown device": (ArgumentError, {"device": "tpu"}, 'device: got \'tpu\', accepted is "cpu", "cuda" or "cuda:1"'),
 }
@@ -392,8 +408,17 @@ SLOTS = np.array([0, 1], np.int32)
 CACHE_MISTAKES: dict[str, tuple[type[Exception], Callable[[PagedKVCache], object], str]] = {
     "length of an unknown one": (SequenceError, lambda c: c.length(7), "sequence 7 is unknown"),
     "length of no sequence": (SequenceError, lambda c: c.length(None), "sequence None is unknown"),
+    "length of a flag": (SequenceError, lambda c: c.length(True), "sequence True is unknown"),
+    "length of a fraction": (SequenceError, lambda c: c.length(1.0), "sequence 1.0 is unknown"),  # type: ignore[arg-type]
     "fork of a freed one": (SequenceError, lambda c: c.fork(2), "sequence 2 was freed"),
     "free twice": (SequenceError, lambda c: c.free(2), "sequence 2 was freed"),
+    "free a freed one of NumPy": (SequenceError, lambda c: c.free(np.int64(2)), "sequence 2 was freed"),
+    "free two at once": (SequenceError, lambda c: c.free([0, 1]), "sequence [0, 1] is unknown"),  # type: ignore[arg-type]
+    "free an array": (
+        SequenceError,
+        lambda c: c.free(torch_zeros(100, dtype="int32")),
+        "sequence Tensor is unknown",
+    ),
     "truncate beyond": (
         ArgumentError,
         lambda c: c.truncate(0, 6),
@@ -404,6 +429,22 @@ CACHE_MISTAKES: dict[str, tuple[type[Exception], Callable[[PagedKVCache], object
     "reserve twice for one": (
         ArgumentError,
         lambda c: c.reserve([0, 0], [1, 1]),
+        "sequences: got one of them twice, accepted is each sequence once",
+    ),
+    "truncate by a flag": (
+        ArgumentTypeError,
+        lambda c: c.truncate(0, False),
+        "length: got False, accepted is an integer",
+    ),
+    "reserve for a freed one of NumPy": (
+        SequenceError,
+        lambda c: c.reserve(np.array([0, 2]), [1, 1]),
+        "sequence 2 was freed",
+    ),
+    "reserve for a flag": (SequenceError, lambda c: c.reserve([0, True], [1, 1]), "sequence True is unknown"),
+    "reserve for one of each library": (
+        ArgumentError,
+        lambda c: c.reserve([0, np.int32(0)], [1, 1]),
         "sequences: got one of them twice, accepted is each sequence once",
     ),
     "reserve without a list": (
@@ -420,7 +461,27 @@ CACHE_MISTAKES: dict[str, tuple[type[Exception], Callable[[PagedKVCache], object
     "count of 1.5": (
         ArgumentTypeError,
         lambda c: c.reserve([0], [1.5]),  # type: ignore[list-item]
-        "counts: got [1.5], accepted is integers in a list",
+        "counts[0]: got 1.5, accepted is an integer",
+    ),
+    "count of NaN": (
+        ArgumentTypeError,
+        lambda c: c.reserve([0, 1], [1, float("nan")]),  # type: ignore[list-item]
+        "counts[1]: got nan, accepted is an integer",
+    ),
+    "count of True": (
+        ArgumentTypeError,
+        lambda c: c.reserve([0], [True]),
+        "counts[0]: got True, accepted is an integer",
+    ),
+    "counts without memory": (
+        ArgumentTypeError,
+        lambda c: c.reserve([0], torch_zeros(1, dtype="int32", device="meta")),
+        "counts[0]: got tensor(..., device='meta', size=(), dtype=torch.int32), accepted is an integer",
+    ),
+    "no counts": (
+        ArgumentTypeError,
+        lambda c: c.reserve([0], None),  # type: ignore[arg-type]
+        "counts: got None, accepted is integers in a list",
     ),
     "too many tokens": (
         OutOfPagesError,
@@ -442,6 +503,16 @@ CACHE_MISTAKES: dict[str, tuple[type[Exception], Callable[[PagedKVCache], object
         lambda c: c.reserve([0], [1], out=ints(2, dtype=np.int16)),
         "out: got int16, accepted is int32 or int64",
     ),
+    "slots into the lengths": (
+        ArgumentError,
+        lambda c: c.reserve([0], [1], out=c.batch([0, 1]).cache_seqlens),
+        "out: got a view of the cache's own arrays, accepted is an array of the caller's",
+    ),
+    "slots into the block table": (
+        ArgumentError,
+        lambda c: c.reserve([0], [1], out=c.batch([0, 1]).block_table[1]),
+        "out: got a view of the cache's own arrays, accepted is an array of the caller's",
+    ),
     "layer beyond": (
         ArgumentError,
         lambda c: c.write(2, SLOTS, *rows(2)),
@@ -461,6 +532,21 @@ CACHE_MISTAKES: dict[str, tuple[type[Exception], Callable[[PagedKVCache], object
         ArgumentError,
         lambda c: c.write(0, SLOTS, torch_zeros(2, 16, device="meta"), rows(2)[1]),
         "latent: got an array on meta:0, accepted is one on cpu, where the cache is",
+    ),
+    "layer by a flag": (
+        ArgumentTypeError,
+        lambda c: c.write(True, SLOTS, *rows(2)),
+        "layer: got True, accepted is an integer",
+    ),
+    "rows out of the layer": (
+        ArgumentError,
+        lambda c: c.write(1, SLOTS, c.pages(1)[0, 2:4, :16], rows(2)[1]),
+        "latent: got a view of layer 1, which is written, accepted is other memory, such as a copy",
+    ),
+    "rope out of the layer, backwards": (
+        ArgumentError,
+        lambda c: c.write(0, SLOTS, rows(2)[0], c.pages(0)[0, 3:1:-1, 16:]),
+        "rope: got a view of layer 0, which is written, accepted is other memory, such as a copy",
     ),
     "slot beyond": (
         ArgumentError,
@@ -486,6 +572,8 @@ CACHE_MISTAKES: dict[str, tuple[type[Exception], Callable[[PagedKVCache], object
         lambda c: c.import_(rows(3)),
         "latent: got shape (3, 16), accepted is (2, n, 16)",
     ),
+    "import of numbers": (ArgumentTypeError, lambda c: c.import_((1, 2)), f"latent: got int, accepted is {ARRAY}"),
+    "export of a flag": (SequenceError, lambda c: c.export(False), "sequence False is unknown"),
 }
 
 
@@ -536,6 +624,8 @@ def test_odd_but_legal_ways_to_use_a_cache() -> None:
     cache.write(np.int64(1), slots[:0], *rows(0))
     assert cache.reserve([], []).shape == (0,)
     assert cache.batch(np.array([a])).cache_seqlens.tolist() == [2]
+    assert cache.batch([np.int8(a), b]).cache_seqlens[:2].tolist() == [2, 0]
+    cache.write(1, slots, cache.pages(0)[0, :2, :16], cache.pages(0)[0, :2, 16:])  # from one layer to another
     assert cache.batch([]).block_table.shape[0] == 0
     assert cache.batch([], rows=4).cache_seqlens.tolist() == [0] * 4
     imported = cache.import_((np.broadcast_to(zeros(16), (2, 3, 16)), np.broadcast_to(zeros(8), (2, 3, 8))))
@@ -543,7 +633,12 @@ def test_odd_but_legal_ways_to_use_a_cache() -> None:
     cache.truncate(imported, np.int32(0))
     assert small_cache(device="cpu:0").device == "cpu"
     torch = pytest.importorskip("torch")
+    assert cache.batch(torch.tensor([a])).cache_seqlens.tolist() == [2]
     assert small_cache(device=torch.device("cpu", 0)).device == "cpu"
     parameter = torch.nn.Parameter(torch.ones(2, 16))
     cache.write(0, slots, parameter, torch.zeros(2, 8, requires_grad=True))
     assert (cache.export(a).latent[0] == 1).all()
+    passing = cache.fork(torch.tensor(a))
+    assert cache.reserve(torch.tensor([passing]), torch.tensor([1])).shape == (1,)
+    cache.free(torch.tensor(passing))
+    assert passing not in cache.sequences

@@ -175,7 +175,9 @@ def test_entries_are_listed_and_cleared_and_other_files_left_alone(cache: Path) 
     compile_as_new_process(1)
     second = compile_as_new_process(2)
     (cache / "notes.json").write_text("mine")
-    (cache / f".tmp-{'0' * 16}").write_text("left by a process that was killed")
+    left = cache / f".tmp-{'0' * 16}"
+    left.write_text("left by a process that was killed")
+    make_old(left)
     listed = compiler.cache_entries()
     assert [entry.spec for entry in listed] == ["k[VALUE=1]", "k[VALUE=2]"]
     assert (listed[1].path, listed[1].size_bytes, listed[1].arch) == (second.path, len(second.cubin), "sm_90a")
@@ -185,6 +187,15 @@ def test_entries_are_listed_and_cleared_and_other_files_left_alone(cache: Path) 
     assert names(cache) == {"notes.json"}
     assert compiler.cache_entries() == []
     assert not compile_as_new_process(1).from_cache
+
+
+def test_what_cannot_be_deleted_is_told_when_all_else_is_gone(cache: Path) -> None:
+    keep(1)
+    keep(2)
+    (cache / f"{key(3)}.json").mkdir()
+    with pytest.raises(OSError, match=key(3)):
+        compiler.clear_cache()
+    assert names(cache) == {f"{key(3)}.json"}
 
 
 # ---- Strangers ----
@@ -302,6 +313,41 @@ def test_the_directory_itself_may_be_a_link(cache: Path, tmp_path: Path) -> None
     assert kept(1) and len(names(tmp_path / "elsewhere")) == 2
     (tmp_path / "elsewhere").chmod(0o777)
     assert not kept(1), "what the link leads to is what counts"
+    (tmp_path / "elsewhere").chmod(0o700)
+    assert compiler.cache_problem() == "" and compiler.clear_cache() == 2
+    assert cache.is_symlink() and names(tmp_path / "elsewhere") == set()
+
+
+@as_root
+def test_a_link_that_another_user_made_is_refused(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may lead to any directory of ours."""
+    (tmp_path / "ours").mkdir(mode=0o700)
+    cache.parent.mkdir()
+    cache.symlink_to(tmp_path / "ours")
+    os.chown(cache, OTHER_USER, -1, follow_symlinks=False)
+    refused(cache, f"other users may write to {cache} (a symbolic link of user {OTHER_USER})")
+    assert names(tmp_path / "ours") == set()
+    monkeypatch.setenv(SHARED_VARIABLE, "1")
+    assert keep(1) and kept(1)
+
+
+def test_where_a_link_leads_is_not_made(cache: Path, tmp_path: Path) -> None:
+    """A disk that is not mounted, say: nothing is to be written where it will be."""
+    cache.parent.mkdir()
+    cache.symlink_to(tmp_path / "elsewhere")
+    with pytest.warns(RuntimeWarning, match="No such file or directory"):
+        assert keep(1) is None
+    assert not (tmp_path / "elsewhere").exists() and not kept(1)
+    assert "No such file or directory" in compiler.cache_problem()
+    assert compiler.cache_entries() == [] and compiler.clear_cache() == 0
+
+
+def test_a_link_that_leads_to_itself_is_no_place(cache: Path) -> None:
+    cache.parent.mkdir()
+    cache.symlink_to(cache)
+    with pytest.warns(RuntimeWarning, match="Too many levels of symbolic links"):
+        assert keep(1) is None
+    assert "Too many levels of symbolic links" in compiler.cache_problem()
 
 
 # ---- No place ----
@@ -398,6 +444,18 @@ def test_a_home_that_does_not_exist_is_no_place(monkeypatch: pytest.MonkeyPatch)
     assert disk_cache.cache_directory() is None
 
 
+def test_a_relative_place_in_a_directory_that_is_gone_is_none(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    monkeypatch.setenv("ETAP_RT_CACHE_DIR", "kernels")
+    with pytest.warns(RuntimeWarning, match="No such file or directory"):
+        assert keep(1) is None
+    assert not kept(1) and "No such file or directory" in compiler.cache_problem()
+
+
 def test_the_environment_says_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ETAP_RT_CACHE_DIR", str(tmp_path / "there"))
     assert compiler.cache_directory() == tmp_path / "there"
@@ -444,6 +502,50 @@ def test_a_directory_that_is_deleted_while_running_is_made_again(cache: Path, mo
         warnings.simplefilter("error")
         assert keep(3) and kept(3)
     assert deleted
+
+
+def before_each_rename(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> list[str]:
+    """Have something happen whenever a file is complete but not yet in place. Returns the names of these files."""
+    original, renamed = os.replace, []
+
+    def replace(source: str, target: str, **options: Any) -> None:
+        renamed.append(source)
+        action()
+        original(source, target, **options)
+
+    monkeypatch.setattr(disk_cache.os, "replace", replace)
+    return renamed
+
+
+@pytest.mark.filterwarnings("error")
+def test_clearing_leaves_alone_what_others_are_writing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep(1)
+    renamed = before_each_rename(monkeypatch, disk_cache.clear_cache)
+    path = keep(2)
+    assert len(renamed) == 2, "it went well at once"
+    assert path is not None and not path.exists(), "the first file was in place when the second one was cleared"
+    assert not kept(1) and not kept(2)
+    assert len(names(cache)) == 1
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("times", [1, 4, 5])
+def test_a_file_that_is_deleted_while_it_is_written_is_written_again(
+    cache: Path, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As older versions do when they clear the cache; with a warning and no exception where it does not end."""
+
+    def delete() -> None:
+        for path in cache.glob(".tmp-*") if len(renamed) <= times else ():
+            path.unlink()
+
+    renamed = before_each_rename(monkeypatch, delete)
+    if times < disk_cache.STORE_ATTEMPTS:
+        assert keep(1) and kept(1)
+    else:
+        with pytest.warns(RuntimeWarning, match="No such file or directory"):
+            assert keep(1) is None
+    assert not list(cache.glob(".tmp-*"))
 
 
 # ---- Size ----
@@ -498,8 +600,7 @@ def test_temporary_files_of_killed_processes_go_and_those_of_living_ones_stay(ca
 # ---- Many processes ----
 
 WRITER = """
-import hashlib, importlib.util, random, sys, warnings
-warnings.filterwarnings("ignore", "compiled kernels cannot be kept")  # when others clear the cache twice in one store
+import hashlib, importlib.util, random, sys
 spec = importlib.util.spec_from_file_location("disk_cache", sys.argv[1])
 disk_cache = sys.modules["disk_cache"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(disk_cache)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 import etap_rt
@@ -197,6 +198,13 @@ def test_metadata_of_sparse_attention_and_fp8_is_refused_by_name(name: str, valu
         get_mla_metadata(torch.ones(5, dtype=torch.int32), 16, 1, 16, **{name: value})
 
 
+ARRAY = "an array of torch, CuPy, NumPy or another DLPack producer"
+
+
+class OnlyShape:
+    shape = (4, 1, 16, 576)
+
+
 WRONG: list[tuple[str, Any, str]] = [
     ("q", torch.zeros(4, 16, 576, dtype=torch.bfloat16), "q: got shape (4, 16, 576)"),
     ("q", None, "q: got NoneType"),
@@ -207,18 +215,92 @@ WRONG: list[tuple[str, Any, str]] = [
     ("k_cache", torch.zeros(4, 64, 3, 576, dtype=torch.bfloat16), "q: got 16 heads (dim 2), accepted is a multiple of"),
     ("block_table", None, "block_table: got NoneType"),
     ("cache_seqlens", torch.zeros(4, dtype=torch.int64), "cache_seqlens: got dtype int64"),
+    ("k_cache", None, f"k_cache: got NoneType, accepted is {ARRAY}"),
+    ("k_cache", [[1]], f"k_cache: got list, accepted is {ARRAY}"),
+    ("k_cache", OnlyShape(), f"k_cache: got {OnlyShape.__module__}.OnlyShape, accepted is {ARRAY}"),
+    ("q", OnlyShape(), f"q: got {OnlyShape.__module__}.OnlyShape, accepted is {ARRAY}"),
+    ("q", np.float16, f"q: got type, accepted is {ARRAY}"),
     ("head_dim_v", 576, "head_dim_v: got 576, accepted is 512, with q's last dim 576"),
+    ("head_dim_v", 512.0, "head_dim_v: got 512.0, accepted is an integer"),
+    ("head_dim_v", None, "head_dim_v: got None, accepted is an integer"),
+    ("head_dim_v", torch.zeros(4, 8), "head_dim_v: got Tensor, accepted is an integer"),
+    (
+        "tile_scheduler_metadata",
+        512,
+        "tile_scheduler_metadata: got 512, accepted is what get_mla_metadata returned, or",
+    ),
+    ("num_splits", 0.1, "num_splits: got 0.1, accepted is what get_mla_metadata returned, or None"),
+    ("num_splits", np.float32(0.5), "num_splits: got np.float32(0.5), accepted is what get_mla_metadata returned, or"),
+    ("causal", 1, "causal: got 1, accepted is True or False"),
+    ("softmax_scale", float("nan"), "softmax_scale: got nan, accepted is a number above 0, at most 2e+38"),
+    ("is_fp8_kvcache", None, "is_fp8_kvcache: got None, accepted is True or False"),
+    ("is_fp8_kvcache", torch.zeros(2), "is_fp8_kvcache: got tensor([0., 0.]), accepted is True or False"),
     ("softmax_scale", True, "softmax_scale: got True"),
     ("out", torch.zeros(4, 1, 16, 576, dtype=torch.bfloat16), "out: got shape (4, 1, 16, 576)"),
 ]
 
 
+@pytest.mark.parametrize("h_kv", [1, 2])
 @pytest.mark.parametrize(("name", "value", "message"), WRONG, ids=[message for _, _, message in WRONG])
-def test_mistakes_are_named_as_flash_mla_names_its_arguments(name: str, value: Any, message: str) -> None:
-    call = {**problem(), "head_dim_v": DV, "tile_scheduler_metadata": get_mla_metadata()[0], name: value}
+def test_mistakes_are_named_as_flash_mla_names_its_arguments(name: str, value: Any, message: str, h_kv: int) -> None:
+    meta, out = get_mla_metadata()[0], torch.full((4, 1, 16, DV), 7, dtype=torch.bfloat16)
+    call = {**problem(h_kv=h_kv), "head_dim_v": DV, "tile_scheduler_metadata": meta, "out": out, name: value}
     with pytest.raises((ArgumentError, ArgumentTypeError)) as caught:
         flash_mla_with_kvcache(**call)
     assert str(caught.value).startswith(message)
+    assert (out == 7).all() and not meta.have_initialized
+
+
+def test_a_mistake_in_the_last_of_several_kv_heads_is_found_before_the_first_is_computed() -> None:
+    call = problem(h_kv=2)
+    wide = torch.zeros(*call["k_cache"].shape[:2], 2 * 580, dtype=torch.bfloat16)
+    call["k_cache"] = wide.as_strided(call["k_cache"].shape, (*wide.stride()[:2], 580, 1))  # 1160 bytes a head
+    out = torch.full((4, 1, 16, DV), 7, dtype=torch.bfloat16)
+    with pytest.raises(ArgumentError, match="^k_cache: got address .*, accepted is a multiple of 16 bytes"):
+        flash_mla_with_kvcache(**call, head_dim_v=DV, tile_scheduler_metadata=None, out=out)
+    assert (out == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("cache_seqlens", [1, 2], f"cache_seqlens: got list, accepted is {ARRAY}"),
+        ("cache_seqlens", torch.ones(5), "cache_seqlens: got dtype float32, accepted is int32"),
+        ("cache_seqlens", torch.ones(5, 1), "cache_seqlens: got shape (5, 1), accepted is (b,)"),
+        (
+            "cache_seqlens",
+            torch.ones(5, device="meta").int(),
+            "cache_seqlens: got device meta, accepted is cuda or cpu",
+        ),
+        ("num_q_tokens_per_head_k", None, "num_q_tokens_per_head_k: got None, accepted is an integer"),
+        ("num_q_tokens_per_head_k", 0, "num_q_tokens_per_head_k: got 0, accepted is 1 or more"),
+        ("num_q_tokens_per_head_k", 16.0, "num_q_tokens_per_head_k: got 16.0, accepted is an integer"),
+        ("num_heads_per_head_k", -1, "num_heads_per_head_k: got -1, accepted is 1 or more"),
+        ("num_heads_k", 0, "num_heads_k: got 0, accepted is 1 or more"),
+        ("num_heads_k", True, "num_heads_k: got True, accepted is an integer"),
+        ("num_heads_k", "1", "num_heads_k: got '1', accepted is an integer"),
+        ("num_heads_q", [16], "num_heads_q: got [16], accepted is an integer"),
+        ("is_fp8_kvcache", 1, "is_fp8_kvcache: got 1, accepted is True or False"),
+    ],
+)
+def test_mistakes_in_what_metadata_are_made_from_are_named(name: str, value: Any, message: str) -> None:
+    call = {"cache_seqlens": torch.ones(5, dtype=torch.int32), "num_q_tokens_per_head_k": 16, name: value}
+    with pytest.raises((ArgumentError, ArgumentTypeError)) as caught:
+        get_mla_metadata(**call)
+    assert str(caught.value) == message
+
+
+def test_numbers_may_be_numpys() -> None:
+    lengths = torch.ones(5, dtype=torch.int32)
+    metadata, num_splits = get_mla_metadata(lengths, np.int64(128), np.int32(1), np.uint8(128))
+    assert metadata.shape == (66, 8)
+    flash_mla_with_kvcache(
+        **problem(),
+        head_dim_v=np.int64(DV),
+        tile_scheduler_metadata=metadata,
+        num_splits=num_splits,
+        softmax_scale=np.float32(0.1),
+    )
 
 
 def test_a_wrong_out_for_several_kv_heads_is_refused() -> None:

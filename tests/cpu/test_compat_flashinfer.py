@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 import etap_rt
@@ -294,6 +295,35 @@ def test_zeros_in_place_of_rope_stay_where_they_are() -> None:
 
 # ---- Mistakes ----
 
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("float_workspace_buffer", None, "float_workspace_buffer: got NoneType, accepted is a torch tensor"),
+        ("float_workspace_buffer", "cuda", "float_workspace_buffer: got str, accepted is a torch tensor"),
+        ("float_workspace_buffer", np.zeros(128), "float_workspace_buffer: got ndarray, accepted is a torch tensor"),
+        (
+            "float_workspace_buffer",
+            torch.empty(128, device="meta"),
+            "float_workspace_buffer: got device meta, accepted is cuda or cpu",
+        ),
+        ("use_cuda_graph", 1, "use_cuda_graph: got 1, accepted is True or False"),
+        ("use_cuda_graph", torch.zeros(3), "use_cuda_graph: got tensor([0., 0., 0.]), accepted is True or False"),
+        ("backend", None, "backend: got None, accepted is auto or fa2 or fa3"),
+        ("backend", torch.zeros(9, 9), "backend: got Tensor, accepted is auto or fa2 or fa3"),
+        ("backend", "trtllm", "backend: got 'trtllm', accepted is auto or fa2 or fa3"),
+        ("qo_indptr", [0, 1], "qo_indptr: got list, accepted is a torch tensor"),
+        ("kv_len_arr", np.zeros(5, np.int32), "kv_len_arr: got ndarray, accepted is a torch tensor"),
+        ("kv_indices", torch.zeros(2, 2, dtype=torch.int32), "kv_indices: got shape (2, 2), accepted is one dim"),
+    ],
+)
+def test_mistakes_in_making_a_wrapper_are_named(name: str, value: Any, message: str) -> None:
+    call = {"float_workspace_buffer": torch.empty(128, dtype=torch.int8), "use_cuda_graph": True, **buffers(5, 64)}
+    with pytest.raises((ArgumentError, ArgumentTypeError)) as caught:
+        flashinfer.mla.BatchMLAPagedAttentionWrapper(**call | {name: value})
+    assert str(caught.value) == message
+
+
 PLAN_NAMES = (
     "qo_indptr",
     "kv_indptr",
@@ -319,14 +349,37 @@ PLAN_NAMES = (
         ("kv_indptr", torch.zeros(5, dtype=torch.int32), "5 elements"),
         ("kv_indices", torch.zeros(2, 3, dtype=torch.int32), "shape (2, 3)"),
         ("kv_len_arr", torch.zeros(6, dtype=torch.int32), "6 elements"),
-        ("num_heads", 129, "129"),
-        ("head_dim_ckv", 128, "128"),
-        ("head_dim_kpe", 32, "32"),
-        ("page_size", 24, "24"),
+        ("kv_len_arr", np.zeros(5, np.int32), "ndarray, accepted is a torch tensor"),
+        ("kv_indices", None, "NoneType, accepted is a torch tensor"),
+        ("kv_indices", torch.zeros(3, dtype=torch.int32, device="meta"), "device meta, accepted is cuda or cpu"),
+        ("kv_indices", torch.ones(3).to_sparse(), "torch.Tensor ("),
+        ("num_heads", 129, "129, accepted is 1 ... 128"),
+        ("num_heads", 0, "0, accepted is 1 ... 128"),
+        ("num_heads", None, "None, accepted is an integer"),
+        ("num_heads", 16.0, "16.0, accepted is an integer"),
+        ("num_heads", True, "True, accepted is an integer"),
+        ("num_heads", "16", "'16', accepted is an integer"),
+        ("head_dim_ckv", 128, "128, accepted is 512 or 256"),
+        ("head_dim_ckv", [512], "[512], accepted is an integer"),
+        ("head_dim_ckv", 512.0, "512.0, accepted is an integer"),
+        ("head_dim_kpe", 32, "32, accepted is 64 or 0"),
+        ("head_dim_kpe", False, "False, accepted is an integer"),
+        ("head_dim_kpe", torch.zeros(2), "tensor([0., 0.]), accepted is an integer"),
+        ("page_size", 24, "24, accepted is a divisor or a multiple of 64, below 2**31"),
+        ("page_size", -64, "-64, accepted is a divisor or a multiple of 64, below 2**31"),
+        ("page_size", 1 << 31, "2147483648, accepted is a divisor or a multiple of 64, below 2**31"),
+        ("page_size", None, "None, accepted is an integer"),
+        ("page_size", float("nan"), "nan, accepted is an integer"),
         ("causal", None, "None"),
+        ("causal", 0, "0, accepted is True or False"),
+        ("use_profiler", 1, "1, accepted is True or False"),
+        ("use_profiler", torch.zeros(2), "tensor([0., 0.]), accepted is True or False"),
+        ("sm_scale", float("nan"), "nan, accepted is a number above 0, at most 2e+38"),
         ("sm_scale", 0.0, "0.0"),
         ("sm_scale", None, "None"),
         ("q_data_type", torch.float32, "float32"),
+        ("q_data_type", None, "None, accepted is bfloat16 or float16"),
+        ("q_data_type", 16, "16, accepted is bfloat16 or float16"),
         ("kv_data_type", torch.float16, "float16"),
     ],
 )
@@ -338,6 +391,77 @@ def test_mistakes_in_plan_are_named(name: str, value: Any, given: str) -> None:
     assert str(caught.value).startswith(f"{name}: got {given}")
     with pytest.raises(EtapError, match="before its first plan"):
         wrapper.run(*Problem().run_arguments())
+
+
+def test_a_plan_that_is_refused_leaves_the_last_one_as_it_was() -> None:
+    problem, own = Problem(), buffers(5, 64)
+    wrapper = planned(problem, use_cuda_graph=True, **own)
+    before = {name: buffer.clone() for name, buffer in own.items()}
+    other = dict(zip(PLAN_NAMES, Problem(lengths=(1, 2, 3, 4, 5), heads=3, seed=1).plan_arguments()))
+    for change in ({"kv_data_type": None}, {"page_size": 0}, {"kv_len_arr": None}, {"use_profiler": 1}):
+        with pytest.raises((ArgumentError, ArgumentTypeError)):
+            wrapper.plan(**other | change)
+        assert all(torch.equal(own[name], before[name]) for name in own)
+    assert_close(wrapper.run(*problem.run_arguments(), return_lse=True), problem.expected())
+
+
+def test_numbers_of_a_plan_may_be_numpys_and_dtypes_names() -> None:
+    problem = Problem(kpe=0)
+    call = dict(zip(PLAN_NAMES, problem.plan_arguments()))
+    call |= {name: np.int64(call[name]) for name in ("num_heads", "head_dim_ckv", "head_dim_kpe", "page_size")}
+    wrapper = new_wrapper()
+    wrapper.plan(**call | {"sm_scale": np.float64(SCALE), "q_data_type": "bfloat16", "kv_data_type": "bfloat16"})
+    assert_close(wrapper.run(*problem.run_arguments(), return_lse=True), problem.expected())
+    out = wrapper.run(problem.q_nope, None, problem.ckv, None)
+    assert torch.equal(out, wrapper.run(*problem.run_arguments()))
+
+
+@pytest.mark.parametrize("name", ["q_pe", "kpe_cache"])
+@pytest.mark.parametrize(("value", "given"), [(torch.zeros(8, 16, 64), "shape (8, 16, 64)"), ([], "list")])
+def test_rope_parts_that_were_not_planned_are_refused(name: str, value: Any, given: str) -> None:
+    problem = Problem(kpe=0)
+    call = dict(zip(("q_nope", "q_pe", "ckv_cache", "kpe_cache"), problem.run_arguments())) | {name: value}
+    with pytest.raises((ArgumentError, ArgumentTypeError)) as caught:
+        planned(problem).run(**call)
+    assert str(caught.value).startswith(f"{name}: got {given}, accepted is a ")
+
+
+@pytest.mark.parametrize("kpe", [64, 0])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("q_nope", None, "q_nope: got NoneType, accepted is a torch tensor"),
+        ("q_nope", [[1.0]], "q_nope: got list, accepted is a torch tensor"),
+        ("q_nope", np.zeros((8, 16, 512), np.float16), "q_nope: got ndarray, accepted is a torch tensor"),
+        ("q_nope", torch.zeros(()), "q_nope: got shape (), accepted is (total_q, num_heads, head_dim_ckv)"),
+        ("q_nope", torch.zeros(8, 512), "q_nope: got shape (8, 512), accepted is (total_q, num_heads, head_dim_ckv)"),
+        ("ckv_cache", None, "ckv_cache: got NoneType, accepted is "),
+        (
+            "ckv_cache",
+            torch.zeros((), dtype=torch.bfloat16),
+            "ckv_cache: got shape (), accepted is (num_pages, page_size",
+        ),
+        ("out", [1], "out: got list, accepted is an array"),
+        ("lse", True, "lse: got bool, accepted is a torch tensor"),
+        ("lse", np.zeros((8, 16), np.float32), "lse: got ndarray, accepted is a torch tensor"),
+        ("lse", torch.zeros(8), "lse: got shape (8,), accepted is (8, 16)"),
+        ("return_lse", None, "return_lse: got None, accepted is True or False"),
+        ("return_lse", torch.zeros(2), "return_lse: got tensor([0., 0.]), accepted is True or False"),
+        ("return_lse_base_on_e", 1, "return_lse_base_on_e: got 1, accepted is True or False"),
+    ],
+)
+def test_what_is_no_argument_of_run_is_named(name: str, value: Any, message: str, kpe: int) -> None:
+    problem = Problem(kpe=kpe)
+    out, lse = torch.full((8, 16, 512), 7, dtype=torch.bfloat16), torch.full((8, 16), 7.0)
+    call = dict(zip(("q_nope", "q_pe", "ckv_cache", "kpe_cache"), problem.run_arguments()))
+    call |= {"out": out, "lse": lse, name: value}
+    with pytest.raises((ArgumentError, ArgumentTypeError)) as caught:
+        planned(problem).run(**call)
+    assert str(caught.value).startswith(message)
+    assert (out == 7).all() and (lse == 7).all()
+    del call["lse"]
+    with pytest.raises((ArgumentError, ArgumentTypeError)):
+        planned(problem).run(**{"return_lse": True} | call | {name: value})
 
 
 @pytest.mark.parametrize(

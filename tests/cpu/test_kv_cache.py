@@ -360,6 +360,18 @@ def test_reserve_fills_an_array_of_the_caller_and_pads_it(library: Library) -> N
     assert_holds(cache, {a: [1, 2, 3, 1, 2, 3], b: [0, 0]})
 
 
+def test_an_array_of_slots_may_be_filled_again(library: Library) -> None:
+    """What it held before, which was truncated, is no concern of the tokens that it stands for now."""
+    cache = library.cache(16, 4, **SMALL)
+    a = cache.new_sequence()
+    slots = cache.reserve([a], [3])
+    write_tokens(library, cache, slots, [0, 1, 2])
+    cache.truncate(a, 1)
+    assert cache.reserve([a], [2], out=slots) is slots
+    write_tokens(library, cache, slots, [5, 6, 99])
+    assert_holds(cache, {a: [0, 5, 6]})
+
+
 @pytest.mark.parametrize("event", ["free", "truncate", "fork"])
 def test_slots_that_went_stale_are_refused(event: str) -> None:
     cache = small_cache()
@@ -586,6 +598,18 @@ def test_files_that_are_not_from_export_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         cache.import_(tmp_path / "missing")
     assert cache.sequences == ()
+
+
+def test_a_file_of_another_dtype_is_refused(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    cache = small_cache()
+    for dtype, message in (("float32", "latent: got float32"), ("float8_e4m3fn", "source: got .*float8_e4m3fn")):
+        parts = {"latent": torch.zeros(2, 3, 16), "rope": torch.zeros(2, 3, 8)}
+        save_file({name: x.to(getattr(torch, dtype)) for name, x in parts.items()}, tmp_path / dtype)
+        with pytest.raises(ArgumentError, match=message):
+            cache.import_(tmp_path / dtype)
+    assert cache.sequences == () and cache.stats().used == 0
 
 
 def test_without_safetensors_the_error_says_what_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -156,6 +156,66 @@ def test_mistakes_are_named(name: str, make: Callable[[], Any], error: type[Exce
         merge_states(**arguments)
 
 
+def halves(apart: bool) -> tuple[Any, Any]:
+    """Two outs in one piece of memory: row by row in turn, or the second a row behind the first."""
+    if apart:
+        both = zeros(2, 3, 4, 2, 16)
+        return both[..., 0, :], both[..., 1, :]
+    both = zeros(2 * 3 * 4 + 1, 16)
+    return both[:-1].view(2, 3, 4, 16), both[1:].view(2, 3, 4, 16)
+
+
+def test_outputs_may_lie_between_the_rows_of_inputs() -> None:
+    a, b = make_state(SMALL, 1), make_state(SMALL, 2)
+    part, out = halves(apart=True)
+    part.copy_(a.on(to_torch)[0])
+    _, lse = merge_states(part, a.on(to_torch)[1], *b.on(to_torch), out=out)
+    assert_merged(SMALL, a, b, host(out), host(lse))
+
+
+def over_another_row() -> dict[str, Any]:
+    out_a, out = halves(apart=False)
+    return {"out_a": out_a, "out": out}
+
+
+def in_another_order() -> dict[str, Any]:
+    lse_b = zeros(2, 3, 3, dtype=torch.float32)
+    return {"out_a": zeros(2, 3, 3, 16), "out_b": zeros(2, 3, 3, 16), "lse_b": lse_b, "lse": lse_b.mT}
+
+
+def over_lse() -> dict[str, Any]:
+    memory = zeros(2, 3, 4, 16, dtype=torch.float32)
+    other = zeros(2, 3, 4, 16, dtype=torch.float32)
+    return {"out_a": other, "out_b": other, "out": memory, "lse_b": memory.view(-1)[:24].view(2, 4, 3)}
+
+
+def over_each_other() -> dict[str, Any]:
+    memory = zeros(2, 3, 4, 16, dtype=torch.float32)
+    other = zeros(2, 3, 4, 16, dtype=torch.float32)
+    return {"out_a": other, "out_b": other, "out": memory, "lse": memory.view(-1)[-24:].view(2, 4, 3)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (over_another_row, "out: got memory of out_a, accepted is out_a, out_b or memory apart from all other arrays"),
+        (in_another_order, "lse: got memory of lse_b, accepted is lse_a, lse_b or memory apart from all other arrays"),
+        (over_lse, "out: got memory of lse_b, accepted is out_a, out_b or memory apart from all other arrays"),
+        (over_each_other, "lse: got memory of out, accepted is lse_a, lse_b or memory apart from all other arrays"),
+    ],
+)
+def test_outputs_over_what_is_still_to_be_read_are_refused(change: Callable[[], dict[str, Any]], message: str) -> None:
+    arguments = good_arguments() | change()
+    if arguments["out_a"].shape[2] == 3:
+        arguments["lse_a"] = zeros(2, 3, 3, dtype=torch.float32)
+    for x in arguments.values():
+        x.fill_(7)
+    with pytest.raises(ArgumentError) as caught:
+        merge_states(**arguments)
+    assert str(caught.value) == message
+    assert all((x == 7).all() for x in arguments.values())
+
+
 # ---- The kernel ----
 
 
