@@ -90,7 +90,7 @@ def mla_decode(
     if cu_seqlens_q is None:
         known = arguments.recognise(q, kv_cache, block_table, cache_seqlens, out, lse)
     if known is not None:
-        out, lse = _run_recognised(known, q, out, lse, return_lse, softmax_scale, causal)
+        out, lse = run_recognised(known, q, out, lse, return_lse, softmax_scale, causal)
     else:
         call = arguments.check(q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, out, lse, cu_seqlens_q)
         out, lse = make_outputs(call, out, lse, return_lse)
@@ -180,8 +180,15 @@ def _make_outputs(problem: Problem, q: Any, out: Any, lse: Any, return_lse: bool
     return out, lse
 
 
-def _run_recognised(
-    known: Recognised, q: Any, out: Any, lse: Any, return_lse: bool, softmax_scale: float, causal: bool
+def run_recognised(
+    known: Recognised,
+    q: Any,
+    out: Any,
+    lse: Any,
+    return_lse: bool,
+    softmax_scale: float,
+    causal: bool,
+    lse_form: LseForm = NATURAL,
 ) -> tuple[Any, Any]:
     """`check`, `make_outputs` and `run` in one for what `recognise` found, without a `Call`; returns the outputs."""
     problem, (q_at, cache_at, table, lengths), given_out, given_lse = known
@@ -193,7 +200,7 @@ def _run_recognised(
     capture, sms = driver.stream_state(problem.device, stream)
     launch = _launch_for(problem, sms)
     with launch.lock:
-        launch.fill(places, softmax_scale, causal)
+        launch.fill(places, softmax_scale, causal, lse_form)
         launch.start(stream, capture, q)
     return out, lse
 
@@ -353,7 +360,7 @@ class Launch:
         self.launch_on = self.kernel.prepare(self.grid.ctas, THREADS, SHARED_BYTES, self.params_address, early=True)
         self.maps: dict[tuple[int, ...], bytes] = {}
         self.maps_in_place: tuple[int, ...] | None = None
-        self.options_in_place: tuple[float, bool, LseForm] | None = None
+        self.options_in_place: tuple[float, bool, LseForm, int] | None = None
         self.workspace_in_place: Workspace | None = None
         strides = [*problem.q_strides, *problem.q_rope_strides]
         self.q_vector_strides = all(stride * ELEMENT_BYTES % VECTOR_BYTES == 0 for stride in strides)
@@ -383,7 +390,7 @@ class Launch:
             self.maps_in_place = pages
         _ADDRESSES.pack_into(params, _ADDRESSES_AT, *places)
         scale = float(softmax_scale)
-        options = scale, causal, lse_form
+        options = scale, causal, lse_form, PATIENCE
         if options != self.options_in_place:
             _OPTIONS.pack_into(params, _OPTIONS_AT, causal, False, PATIENCE, scale * LOG2_E, *lse_form)
             self.options_in_place = options

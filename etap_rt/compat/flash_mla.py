@@ -180,12 +180,15 @@ def flash_mla_with_kvcache(
         _check_metadata(num_splits, "num_splits")
     call_arguments = (block_table, cache_seqlens, softmax_scale, causal)
     try:
-        if cache_shape[2] == 1:
+        arguments.check_options(softmax_scale, causal)
+        if cache_shape[2] != 1:
+            out, lse = _decode_each_head(q, k_cache, call_arguments, head_dim_v, out)
+        elif known := arguments.recognise(q, k_cache, block_table, cache_seqlens, out, None):
+            out, lse = decode.run_recognised(known, q, out, None, True, softmax_scale, causal, LSE_FORM)
+        else:
             call = arguments.check(q, k_cache, *call_arguments, out, lse_form=LSE_FORM)
             out, lse = decode.make_outputs(call, out, None, True)
             decode.run(call, out, lse, softmax_scale, causal)
-        else:
-            out, lse = _decode_each_head(q, k_cache, call_arguments, head_dim_v, out)
     except (ArgumentError, ArgumentTypeError) as error:
         raise renamed(error, _NAMES) from None
     if type(tile_scheduler_metadata) is FlashMLASchedMeta and not tile_scheduler_metadata.have_initialized:

@@ -235,6 +235,28 @@ def test_ragged_queries_and_page_lists_arrive(notes: DecodeNotes) -> None:
         assert list(params.q_strides) == [0, 16 * 576, 576]
 
 
+@pytest.mark.parametrize(
+    ("batch", "heads", "lanes", "share", "stack"), [(8, 128, 66, 8, 1), (128, 128, 66, 0, 2), (140, 16, SMS, 0, 2)]
+)
+def test_a_kernel_is_told_how_to_share_out_or_to_stack_units(
+    notes: DecodeNotes, batch: int, heads: int, lanes: int, share: int, stack: int
+) -> None:
+    etap_rt.mla_decode(**arguments(batch=batch, heads=heads))
+    (params,) = notes.params
+    assert (params.lanes, params.share, params.stack) == (lanes, share, stack)
+
+
+def test_a_launch_that_was_made_before_has_the_patience_that_is_asked_for_now(
+    notes: DecodeNotes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or tests with less of it would not see anybody give up."""
+    call = arguments()
+    for patience in (500_000, 0, 0, 7):
+        monkeypatch.setattr(decode, "PATIENCE", patience)
+        etap_rt.mla_decode(**call)
+    assert [params.patience for params in notes.params] == [500_000, 0, 0, 7]
+
+
 def test_a_log_sum_exp_is_natural(notes: DecodeNotes) -> None:
     etap_rt.mla_decode(**arguments(), return_lse=True)
     (params,) = notes.params
