@@ -42,11 +42,6 @@ using namespace hopper;
 using i64 = long long;
 using u16 = unsigned short;
 
-// NVRTC 12.3 and 12.4 would spill with 64 rows: what a warp knows of its walk they keep in registers of every thread, beside the
-// accumulators, and have too few. For them alone it lies in shared memory, see Kept. To newer ones (12.5, 12.6, 13.0 and 13.5
-// were tried, none spills) OWN, AGAIN and NOW mean nothing: they get the same text, and make the same machine code, as without.
-#define SPARES_REGISTERS (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ < 5 && ROWS > 32)
-
 constexpr int TILE_KEYS = 64;
 constexpr int CHUNK_DIMS = 64;
 constexpr int CHUNK_BYTES = TILE_KEYS * CHUNK_DIMS * 2;
@@ -67,9 +62,8 @@ constexpr int PRODUCER_WARPS = 3;
 constexpr int COORDINATOR_WARP = CONSUMER_WARPS + PRODUCER_WARPS;
 constexpr int THREADS = (COORDINATOR_WARP + 1) * 32;
 // Together what a CTA starts with, 3 * 168. NVRTC up to 12.4 needs more than 40 for the producers.
-constexpr bool WIDE_PRODUCERS = ROWS <= 32 || (SPARES_REGISTERS && LATENT_DIM <= 256);
-constexpr int PRODUCER_REGISTERS = WIDE_PRODUCERS ? 56 : 40;
-constexpr int CONSUMER_REGISTERS = WIDE_PRODUCERS ? 224 : 232;
+constexpr int PRODUCER_REGISTERS = ROWS <= 32 ? 56 : 40;
+constexpr int CONSUMER_REGISTERS = ROWS <= 32 ? 224 : 232;
 constexpr int WARPGROUP_BARRIER = 1;  // named barrier of one warpgroup: + its number
 constexpr int CONSUMER_BARRIER = 3;   // of both
 
@@ -326,43 +320,6 @@ private:
     }
 };
 
-#if SPARES_REGISTERS
-// A value that all threads of a warp share: they read the same, and all write the same.
-template <typename Value>
-struct OfWarp {
-    Value value;
-    __device__ __forceinline__ operator Value() const { return value; }
-    __device__ __forceinline__ void operator=(Value changed) {
-        __syncwarp();
-        value = changed;
-        __syncwarp();
-    }
-    __device__ __forceinline__ void operator+=(Value v) { *this = value + v; }
-    __device__ __forceinline__ void operator^=(Value v) { *this = value ^ v; }
-};
-
-struct WalkOfWarp : Walk {
-    __device__ __forceinline__ void next(const Params& p, const Start& start) {
-        Walk walk = *this;
-        walk.next(p, start);
-        __syncwarp();
-        static_cast<Walk&>(*this) = walk;
-        __syncwarp();
-    }
-};
-
-// What a warp keeps in shared memory, each its own. The last three are of the consumers.
-struct Kept {
-    WalkOfWarp walk;
-    int lane, row_group;
-    OfWarp<int> first, shared_units;
-    OfWarp<u32> phase;
-};
-constexpr int KEPT_BYTES = THREADS / 32 * sizeof(Kept);
-#else
-constexpr int KEPT_BYTES = 0;
-#endif
-
 // A unit that several lanes share, for the merge.
 struct SharedUnit {
     int request, pass;
@@ -371,8 +328,7 @@ struct SharedUnit {
 
 constexpr int SHARED_LIMIT = 232448;
 constexpr int FIXED_BYTES =
-    TILE_CHUNKS * Q_CHUNK_BYTES + 2 * P_BYTES + sizeof(Statistics) + sizeof(Start) + 2 * sizeof(SharedUnit) + 9 * 8 +
-    KEPT_BYTES;
+    TILE_CHUNKS * Q_CHUNK_BYTES + 2 * P_BYTES + sizeof(Statistics) + sizeof(Start) + 2 * sizeof(SharedUnit) + 9 * 8;
 constexpr int SLOTS = (SHARED_LIMIT - FIXED_BYTES) / (CHUNK_BYTES + 2 * 8);
 // Chunks of its next tile that a warpgroup multiplies before it turns to the tile in between: products for the time of the
 // other's softmax, but with 64 rows the tile in between holds half of the ring and should not wait for the last of them.
@@ -393,31 +349,8 @@ struct Shared {
     SharedUnit shared_units[2];
     u32 arrivals[2];  // of the shared units, as the coordinator saw them last
     Statistics statistics;
-#if SPARES_REGISTERS
-    alignas(Kept) unsigned char kept[KEPT_BYTES];
-#endif
 };
 static_assert(sizeof(Shared) <= SHARED_LIMIT, "shared memory of a CTA");
-
-#if SPARES_REGISTERS
-// The thread is asked for anew each time, and the offset of `kept` is added last, where it is part of a load: or both would
-// be kept in registers, which is what this is to spare.
-__device__ __forceinline__ Kept& kept_by_warp(Shared& s) {
-    u32 thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    unsigned char* const begin = reinterpret_cast<unsigned char*>(&s);
-    return *reinterpret_cast<Kept*>(begin + thread / 32 * sizeof(Kept) + (s.kept - begin));
-}
-
-// In place of the variable of that name.
-#define OWN(name) (static_cast<void>(name), kept_by_warp(s)).name
-#define AGAIN(...) [&] { return __VA_ARGS__; }  // a value that is computed anew ...
-#define NOW(name) name()                        // ... wherever it is used
-#else
-#define OWN(name) name
-#define AGAIN(...) __VA_ARGS__
-#define NOW(name) name
-#endif
 
 // Chunks go round the ring in the order they are used; every time round flips the parity of a slot's barriers.
 struct Place {
@@ -565,7 +498,7 @@ __device__ __forceinline__ void gather_tile(const Params& p, Shared& s, const Pl
         const int token_stride = int(rope ? p.k_rope_strides[1] : p.k_strides[1]);
         const u32 target = shared_address(s.ring[place.slot]) + l / 8 * 128;
         mbarrier_wait(shared_address(&s.chunk_empty[place.slot]), place.parity ^ 1);
-#pragma unroll SPARES_REGISTERS ? 2 : 8
+#pragma unroll 8
         for (int i = 0; i < TILE_KEYS / 4; ++i) {
             const int row = i * 4 + l / 8, part = row >> shift;
             const int id = __shfl_sync(~0u, part < 32 ? page : second, part % 32);
@@ -579,18 +512,18 @@ __device__ __forceinline__ void gather_tile(const Params& p, Shared& s, const Pl
 __device__ __forceinline__ void produce(const Params& p, Shared& s, Walk walk) {
     const int l = threadIdx.x % 32;
     Place place(0, 0);
-    for (; OWN(walk).active(); OWN(walk).next(p, s.start)) {
-        const int tiles = OWN(walk).key_tiles();
-        const auto table = AGAIN(pages_of(p, OWN(walk).request));
+    for (; walk.active(); walk.next(p, s.start)) {
+        const int tiles = walk.key_tiles();
+        const int* table = pages_of(p, walk.request);
         if (!GENERAL || p.tile_pages == 1) {
             // Each thread of the warp holds the page of one of the next 32 tiles.
-            auto page_of = [&](int i) { return i < tiles ? NOW(table)[p.by_page_tiles(OWN(walk).tile_begin + i)] : 0; };
+            auto page_of = [&](int i) { return i < tiles ? table[p.by_page_tiles(walk.tile_begin + i)] : 0; };
             int pages = page_of(l);
             for (int group = 0; group < tiles; group += 32) {
                 const int next_pages = page_of(group + 32 + l);
                 const int count = min(32, tiles - group);
                 for (int i = 0; i < count; ++i) {
-                    const int tile = OWN(walk).tile_begin + group + i;
+                    const int tile = walk.tile_begin + group + i;
                     const int token = (tile - p.by_page_tiles(tile) * p.page_tiles) * TILE_KEYS;
                     produce_tile(p, s, place, 1, __shfl_sync(~0u, pages, i), 0, token);
                     place = place.ahead(TILE_CHUNKS);
@@ -601,15 +534,15 @@ __device__ __forceinline__ void produce(const Params& p, Shared& s, Walk walk) {
             // Each thread holds one or two pages of the next tile. Past the last page of the request it takes the first
             // of the tile once more: the barrier counts whole chunks, and what lies there is never used.
             auto page_of = [&](int i, int part) {
-                const int index = (OWN(walk).tile_begin + i) * p.tile_pages;
-                const bool used = part < p.tile_pages && (index + part) * p.page_size < OWN(walk).seqlen;
-                return i < tiles ? NOW(table)[index + (used ? part : 0)] : 0;
+                const int index = (walk.tile_begin + i) * p.tile_pages;
+                const bool used = part < p.tile_pages && (index + part) * p.page_size < walk.seqlen;
+                return i < tiles ? table[index + (used ? part : 0)] : 0;
             };
             int page = page_of(0, l), second = page_of(0, l + 32);
             for (int i = 0; i < tiles; ++i) {
                 const int next_page = page_of(i + 1, l), next_second = page_of(i + 1, l + 32);
                 if (p.gather)
-                    gather_tile(p, s, place, page, second, OWN(walk).seqlen - (OWN(walk).tile_begin + i) * TILE_KEYS);
+                    gather_tile(p, s, place, page, second, walk.seqlen - (walk.tile_begin + i) * TILE_KEYS);
                 else
                     produce_tile(p, s, place, p.tile_pages, page, second, 0);
                 place = place.ahead(TILE_CHUNKS);
@@ -889,30 +822,26 @@ struct Consumer {
     }
 
     // All key tiles of a segment; tile indices count from its start.
-    template <typename Rows>
-    __device__ __forceinline__ void run_tiles(const Walk& walk, const Rows& rows) {
-        const auto tiles = AGAIN(OWN(walk).key_tiles());
-        // Keys of the last.
-        const auto tail =
-            AGAIN(OWN(walk).ends() ? OWN(walk).seqlen - (OWN(walk).unit_tiles - 1) * TILE_KEYS : TILE_KEYS);
+    __device__ __forceinline__ void run_tiles(const Walk& walk, const RowTile& rows) {
+        const int tiles = walk.key_tiles();
+        const int tail = walk.ends() ? walk.seqlen - (walk.unit_tiles - 1) * TILE_KEYS : TILE_KEYS;  // keys of the last
         // The first row sees the fewest keys.
-        const auto seen_by_all =
-            AGAIN(p.causal ? min(OWN(walk).seqlen, OWN(walk).seqlen - NOW(rows).queries + 1 + p.by_heads(NOW(rows).first))
-                           : OWN(walk).seqlen);
+        const int seen_by_all =
+            p.causal ? min(walk.seqlen, walk.seqlen - rows.queries + 1 + p.by_heads(rows.first)) : walk.seqlen;
         if (warpgroup == 0) multiply_scores(here, 0, SPLIT_CHUNKS);
 #pragma unroll 1
-        for (int i = 0; i < NOW(tiles); ++i) {
+        for (int i = 0; i < tiles; ++i) {
             if ((i & 1) == warpgroup) {
                 multiply_scores(here, SPLIT_CHUNKS, TILE_CHUNKS);
 #pragma unroll
                 for (int j = 0; j < ROPE_CHUNKS; ++j) release(here.ahead(j));
-                publish_weights(i, (OWN(walk).tile_begin + i) * TILE_KEYS, OWN(walk).seqlen, NOW(seen_by_all), NOW(rows));
-            } else if (i + 1 < NOW(tiles)) {
+                publish_weights(i, (walk.tile_begin + i) * TILE_KEYS, walk.seqlen, seen_by_all, rows);
+            } else if (i + 1 < tiles) {
                 // Runs while the other warpgroup takes the softmax of tile i.
                 multiply_scores(here.ahead(TILE_CHUNKS), 0, SPLIT_CHUNKS);
             }
             wait_weights(i);
-            if (i == NOW(tiles) - 1 && NOW(tail) < TILE_KEYS) zero_values_past(NOW(tail));
+            if (i == tiles - 1 && tail < TILE_KEYS) zero_values_past(tail);
             multiply_output(i);
             here = here.ahead(TILE_CHUNKS);
         }
@@ -1255,11 +1184,11 @@ __device__ __forceinline__ void coordinate(const Params& p, Shared& s, Walk walk
     const ColumnSums& sums = reinterpret_cast<const ColumnSums&>(s.q);
     int units = 0;
     u32 phase = 0;
-    for (bool first = true; OWN(walk).active(); OWN(walk).next(p, s.start), first = false, phase ^= 1) {
+    for (bool first = true; walk.active(); walk.next(p, s.start), first = false, phase ^= 1) {
         if (!first) mbarrier_arrive(shared_address(&s.q_empty));
         SharedUnit unit;
-        if (!OWN(walk).whole()) {
-            unit = shared_unit(p, s.start, OWN(walk), OWN(lane));
+        if (!walk.whole()) {
+            unit = shared_unit(p, s.start, walk, lane);
             if (l == 0) {
                 s.shared_units[units] = unit;
                 mbarrier_arrive(shared_address(&s.unit_known[units]));
@@ -1267,13 +1196,13 @@ __device__ __forceinline__ void coordinate(const Params& p, Shared& s, Walk walk
             __syncwarp();
         }
         mbarrier_wait(shared_address(&s.sums_full), phase);
-        if (!OWN(walk).whole()) {
-            const int slot = partial_slot(p, OWN(lane), OWN(walk).starts(), OWN(row_group));
+        if (!walk.whole()) {
+            const int slot = partial_slot(p, lane, walk.starts(), row_group);
             for (int n = l; n < ROWS; n += 32)
                 p.partial_stats[slot * ROWS + n] = make_float2(s.statistics.reference[n], column_sum(sums, n));
             __syncwarp();
             // The barrier and the warp ordered everyone's partial results before this arrival.
-            if (l == 0) add_release(counter_of(p, unit.first_lane, OWN(row_group)), 1);
+            if (l == 0) add_release(counter_of(p, unit.first_lane, row_group), 1);
             __syncwarp();
             ++units;
         }
@@ -1281,12 +1210,12 @@ __device__ __forceinline__ void coordinate(const Params& p, Shared& s, Walk walk
     if (l > 0) return;
     for (int i = 0; i < units; ++i) {
         const SharedUnit unit = s.shared_units[i];
-        u32* arrivals = counter_of(p, unit.first_lane, OWN(row_group));
+        u32* arrivals = counter_of(p, unit.first_lane, row_group);
         const i64 begin = clock64();
         u32 seen = load_acquire(arrivals);
         while (!all_arrived(seen, unit)) {
             if (clock64() - begin > p.patience) {
-                *gave_up_word(p, unit, OWN(lane) - unit.first_lane, OWN(row_group)) = 1;
+                *gave_up_word(p, unit, lane - unit.first_lane, row_group) = 1;
                 seen = atomic_add_acq_rel(arrivals, GAVE_UP);
                 break;
             }
@@ -1298,7 +1227,7 @@ __device__ __forceinline__ void coordinate(const Params& p, Shared& s, Walk walk
     for (int i = 0; i < units; ++i) {
         const SharedUnit unit = s.shared_units[i];
         // With parts to take over, whoever merges them departs when they are done.
-        if (!all_arrived(s.arrivals[i], unit) || s.arrivals[i] < GAVE_UP) depart(p, unit, OWN(row_group));
+        if (!all_arrived(s.arrivals[i], unit) || s.arrivals[i] < GAVE_UP) depart(p, unit, row_group);
     }
 }
 
@@ -1307,23 +1236,23 @@ __device__ __forceinline__ void consume(const Params& p, Shared& s, Walk walk, i
     // A lane shares at most two units: the one it starts in the middle of and the one it does not finish.
     int shared_units = 0;
     u32 phase = 0;
-    for (bool first = true; OWN(walk).active(); OWN(walk).next(p, s.start), OWN(first) = false, OWN(phase) ^= 1) {
-        const auto rows = AGAIN(row_tile_of(p, OWN(walk).request, OWN(walk).pass, OWN(row_group)));
-        if (!OWN(first)) mbarrier_arrive(shared_address(&s.q_empty));
+    for (bool first = true; walk.active(); walk.next(p, s.start), first = false, phase ^= 1) {
+        const RowTile rows = row_tile_of(p, walk.request, walk.pass, row_group);
+        if (!first) mbarrier_arrive(shared_address(&s.q_empty));
         if (c.warpgroup == 0) {
-            if (!OWN(first)) mbarrier_wait(shared_address(&s.q_empty), OWN(phase) ^ 1);
-            c.load_queries(OWN(walk).request, NOW(rows));
+            if (!first) mbarrier_wait(shared_address(&s.q_empty), phase ^ 1);
+            c.load_queries(walk.request, rows);
         }
         c.clear();
         named_barrier<CONSUMER_BARRIER, CONSUMERS>();
-        if (OWN(walk).key_tiles() > 0) c.run_tiles(OWN(walk), rows);
+        if (walk.key_tiles() > 0) c.run_tiles(walk, rows);
         trace(p, TRACE_LAST_TILE);
-        finish_segment(c, OWN(walk), NOW(rows), OWN(lane), OWN(row_group), OWN(phase));
-        OWN(shared_units) += !OWN(walk).whole();
+        finish_segment(c, walk, rows, lane, row_group, phase);
+        shared_units += !walk.whole();
     }
-    if (OWN(shared_units) > 0) mbarrier_wait(shared_address(&s.sums_full), OWN(phase) ^ 1);  // nobody multiplies any more
+    if (shared_units > 0) mbarrier_wait(shared_address(&s.sums_full), phase ^ 1);  // nobody multiplies any more
 #pragma unroll 1
-    for (int i = 0; i < OWN(shared_units); ++i) merge_unit(p, s, i, OWN(lane), OWN(row_group));
+    for (int i = 0; i < shared_units; ++i) merge_unit(p, s, i, lane, row_group);
 }
 
 // Grid: lanes * row_groups CTAs; CTA = lane * row_groups + row group. Dynamic shared memory: sizeof(Shared).
@@ -1340,9 +1269,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
     wait_for_predecessor();
     const Start start = find_start(p, lane);
     const Walk walk(p, start, lane);  // here, so that all roles fetch the same instructions
-#if SPARES_REGISTERS
-    kept_by_warp(s) = {{walk}, lane, row_group, {1}, {0}, {0}};
-#endif
     if (threadIdx.x == COORDINATOR_WARP * 32) s.start = start;  // out of the way of the accumulators
     __syncthreads();                                            // and the barriers are initialised
     if (warp >= CONSUMER_WARPS) {
