@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -32,12 +31,12 @@ from tests.cases import (
     prepared,
 )
 from tests.gpu_cases import assert_matches_float64, assert_same_bits, on_gpu, query, run, with_libraries
+from tests.processes import ROOT, environment
 
 torch: Any = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("torch without CUDA", allow_module_level=True)
 
-ROOT = Path(__file__).parents[2]
 MEBIBYTE = 1 << 20
 WORKSPACE_BYTES = 64 * MEBIBYTE
 FIRST_CALL_SECONDS = {"empty cache": 5.0, "warm cache": 0.3}
@@ -527,12 +526,6 @@ seconds = time.perf_counter() - start
 compiled = [c.from_cache for c in compiler._compiled.values()]
 print(json.dumps({"seconds": seconds, "from_cache": compiled}))
 """
-
-
-def environment(**variables: str) -> dict[str, str]:
-    """For a process that imports this checkout."""
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": paths, **variables}
 
 
 def test_the_first_call_of_a_process_is_soon_done(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -19,12 +18,12 @@ from hypothesis import given, settings
 
 from etap_rt import ArgumentError, PagedKVCache, mla_decode, plan_decode
 from tests.cases import DEEPSEEK_SCALE
+from tests.processes import ROOT, environment
 
 torch: Any = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("torch without CUDA", allow_module_level=True)
 
-ROOT = Path(__file__).parents[2]
 FUZZ_SECONDS = 60
 FUZZ_SEED = 1_000_000
 FEWEST_CASES = 300
@@ -39,11 +38,10 @@ Record = Callable[[str, object], None]
 
 def run_alone(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a script in a new process that imports this checkout."""
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, *arguments, *(["-c", script] if script else [])],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": paths},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,

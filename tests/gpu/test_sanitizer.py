@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -15,8 +14,8 @@ import pytest
 from etap_rt.compiler import compile_specs
 from etap_rt.kernels import all_specs
 from tests.gpu import sanitizer_cases
+from tests.processes import ROOT, environment
 
-ROOT = Path(__file__).parents[2]
 SECONDS = 300
 TOOLS = {
     # CuPy asks CUDA questions whose answer may be an error; what matters to us is what kernels do.
@@ -45,10 +44,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[R
         output = directory / tool
         command = [sanitizer, "--tool", tool, *options, "--error-exitcode", "99"]
         command += [sys.executable, "-m", "tests.gpu.sanitizer_cases"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         with output.open("w") as file:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, text=True
+                command, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT, text=True
             )
         started[tool] = (process, output)
     yield started
