@@ -3,15 +3,17 @@
     python tools/reproduce.py [--output DIRECTORY] [--flashmla-so FILE] [--fa3-so FILE]
 
 Runs the tools one after the other, each as a command that is printed and can be repeated alone: bench, peer_bench (with
-whatever other libraries are importable; it says why others are skipped), accuracy, trace, roofline. Their results and
-pictures go to DIRECTORY (tools/results unless given), the README's tables to tables.md there. In the end the times are
-compared with those that were there, or in tools/results, before. Needs a Hopper GPU, torch and
-`pip install -e ".[tools]"`; takes some minutes. The exit status is 1 if a tool fails; the others run all the same.
+whatever other libraries are importable; it says why others are skipped), accuracy, trace, roofline. Their results, in
+files named by the GPU, and pictures go to DIRECTORY (tools/results unless given), the README's tables to tables.md
+there. In the end the times are compared with those that were there, or in tools/results, before. Needs a Hopper GPU,
+torch and `pip install -e ".[tools]"`; takes some minutes. The exit status is 1 if a tool fails, while the others run
+all the same, and 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import subprocess
 import sys
@@ -19,25 +21,40 @@ from collections.abc import Sequence
 from pathlib import Path
 
 TOOLS = Path(__file__).resolve().parent
+sys.path.insert(0, str(TOOLS.parent))
+
+from etap_rt import EtapError, driver  # noqa: E402
+
 RESULTS = TOOLS / "results"
-BENCH, PEERS, ACCURACY = "h200.json", "h200_peers.json", "h200_accuracy.json"
-TABLES = {"bench": BENCH, "peer_bench": PEERS, "accuracy": ACCURACY}
+FILES = {"bench": "{gpu}.json", "peer_bench": "{gpu}_peers.json", "accuracy": "{gpu}_accuracy.json"}
 TRACES = {"trace_b1_8k": (1, 8192), "trace_b16_4k": (16, 4096)}
 
 
-def measurements(output: Path, libraries: Sequence[str]) -> list[list[str]]:
+def gpu_of_this_machine() -> str:
+    """What result files here are named by: h100 for "NVIDIA H100 80GB HBM3". Raises EtapError without a GPU."""
+    words = driver.device_name(0).lower().split()
+    return next((word for word in words if re.fullmatch(r"[a-z]+\d+", word)), "gpu")
+
+
+def result_files(output: Path, gpu: str) -> dict[str, str]:
+    """Where each tool's results of a GPU go."""
+    return {tool: str(output / name.format(gpu=gpu)) for tool, name in FILES.items()}
+
+
+def measurements(output: Path, gpu: str, libraries: Sequence[str]) -> list[list[str]]:
     """The commands, as tool and arguments, that measure and draw. `libraries` are options for other libraries."""
+    files = result_files(output, gpu)
     commands = [
-        ["bench", "--json", f"{output / BENCH}"],
-        ["peer_bench", *libraries, "--json", f"{output / PEERS}", "--pictures", f"{output}"],
-        ["accuracy", "--peers", *libraries, "--json", f"{output / ACCURACY}", "--picture", f"{output}/accuracy.png"],
+        ["bench", "--json", files["bench"]],
+        ["peer_bench", *libraries, "--json", files["peer_bench"], "--pictures", f"{output}"],
+        ["accuracy", "--peers", *libraries, "--json", files["accuracy"], "--picture", f"{output}/accuracy.png"],
     ]
     for name, (batch, tokens) in TRACES.items():
         record, picture = f"{output / name}.json", f"{output / name}.png"
         commands.append(
             ["trace", "--batch", f"{batch}", "--tokens", f"{tokens}", "--json", record, "--picture", picture]
         )
-    commands.append(["roofline", "--results", f"{output / BENCH}", "--picture", f"{output}/projections.png"])
+    commands.append(["roofline", "--results", files["bench"], "--picture", f"{output}/projections.png"])
     return commands
 
 
@@ -49,9 +66,10 @@ def run(tool: str, *arguments: str, capture: bool = False) -> subprocess.Complet
     return subprocess.run(command, stdout=subprocess.PIPE if capture else None, text=True)
 
 
-def write_tables(output: Path) -> list[str]:
+def write_tables(output: Path, gpu: str) -> list[str]:
     """The README's tables of what was measured, in tables.md; returns the tools whose table could not be made."""
-    done = {tool: run(tool, "--markdown", str(output / name), capture=True) for tool, name in TABLES.items()}
+    files = result_files(output, gpu)
+    done = {tool: run(tool, "--markdown", file, capture=True) for tool, file in files.items()}
     good = {tool: table.stdout for tool, table in done.items() if not table.returncode}
     (output / "tables.md").write_text("\n".join(good.values()))
     print(f"wrote {output / 'tables.md'}")
@@ -67,15 +85,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = {"--flashmla-so": options.flashmla_so, "--fa3-so": options.fa3_so}
     libraries = [text for option, file in given.items() if file for text in (option, file)]
     options.output.mkdir(parents=True, exist_ok=True)
-    before = (options.output if (options.output / BENCH).exists() else RESULTS) / BENCH
+    try:
+        gpu = gpu_of_this_machine()
+    except EtapError as error:
+        print(f"cannot measure here: {error}", file=sys.stderr)
+        return 2
+    bench = Path(result_files(options.output, gpu)["bench"])
+    before = bench if bench.exists() else RESULTS / bench.name
     earlier = before.read_text() if before.exists() else ""
 
-    failed = [command[0] for command in measurements(options.output, libraries) if run(*command).returncode]
-    failed += write_tables(options.output)
+    failed = [command[0] for command in measurements(options.output, gpu, libraries) if run(*command).returncode]
+    failed += write_tables(options.output, gpu)
     if earlier and "bench" not in failed:
         old = options.output / "before.json"
         old.write_text(earlier)
-        run("bench", "--compare", str(old), str(options.output / BENCH))
+        run("bench", "--compare", str(old), str(bench))
         old.unlink()
     print(f"failed: {', '.join(failed)}" if failed else f"everything is in {options.output}")
     return 1 if failed else 0

@@ -34,7 +34,6 @@ from bench import CACHE_DIM, LATENT_DIM, ROOT, TOKENS, Cell, all_cells, format_t
 from etap_rt.schedule import TILE_KEYS, divide, plan_grid
 
 RESULTS = ROOT / "tools" / "results" / "h200.json"
-MEASURED_GPU = "H200"
 TILE_BYTES = TILE_KEYS * CACHE_DIM * 2
 WGMMA_M, WGMMA_K = 64, 16
 WGMMA_PER_TILE = CACHE_DIM // WGMMA_K + LATENT_DIM // WGMMA_M * (TILE_KEYS // WGMMA_K)
@@ -180,13 +179,22 @@ FITTED_GROUPS = ("lengths",)
 CHECKED_GROUPS = ("fp16", "heads", "queries", "mixed", "sms", "compute")
 
 
+def data_sheet_of(results: Mapping[str, Any]) -> Gpu | None:
+    """The data sheet of the GPU that a result file is about, such as "NVIDIA H100 80GB HBM3"."""
+    return next((gpu for gpu in DATA_SHEETS.values() if gpu.name in results["gpu"].split()), None)
+
+
 def check_model(gpu: Gpu, measured: Sequence[tuple[Cell, float]]) -> tuple[Fit, list[Comparison]]:
     """Fit the model to the cells of FITTED_GROUPS and hold all cells against it."""
+    fitted = [(work_of(cell, cell.sms or gpu.sms), us) for cell, us in measured if cell.group in FITTED_GROUPS]
+    fit = fit_to(gpu, fitted)
+    return fit, compare(gpu, fit, measured)
+
+
+def compare(gpu: Gpu, fit: Fit, measured: Sequence[tuple[Cell, float]]) -> list[Comparison]:
+    """Measured cells beside what a model says of them that was fitted to these or to another GPU's."""
     works = [(cell, work_of(cell, cell.sms or gpu.sms), us) for cell, us in measured]
-    fit = fit_to(gpu, [(work, us) for cell, work, us in works if cell.group in FITTED_GROUPS])
-    return fit, [
-        Comparison(cell.name, cell.group, us, round(estimate(gpu, work, fit).us, 2)) for cell, work, us in works
-    ]
+    return [Comparison(cell.name, cell.group, us, round(estimate(gpu, work, fit).us, 2)) for cell, work, us in works]
 
 
 def errors_by_group(comparisons: Iterable[Comparison]) -> dict[str, tuple[float, float]]:
@@ -227,25 +235,30 @@ def rates_of(bound: Estimate, expected: Estimate) -> list[tuple[str, float]]:
 
 
 def report(
-    gpus: Sequence[Gpu], batches: Sequence[int], heads: int, s_q: int, results: Mapping[str, Any]
+    gpus: Sequence[Gpu],
+    batches: Sequence[int],
+    heads: int,
+    s_q: int,
+    measured_gpu: Gpu,
+    results: Mapping[str, Any],
+    others: Mapping[Gpu, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Everything that is printed, drawn and written."""
+    """Everything that is printed, drawn and written; `results` are of `measured_gpu`, `others` of further GPUs."""
     rows = plan_grid(s_q * heads, gpus[0].sms).rows
-    fit, comparisons = check_model(DATA_SHEETS[MEASURED_GPU], measured_cells(results))
+    fit, comparisons = check_model(measured_gpu, measured_cells(results))
+    held = {gpu: compare(gpu, fit, measured_cells(found)) for gpu, found in others.items() if gpu in gpus}
     return {
         "heads": heads,
         "s_q": s_q,
         "rows_of_a_tile": rows,
         "fit": {**asdict(fit), "to": f"{results['gpu']}, {results['date'][:10]}, group {', '.join(FITTED_GROUPS)}"},
-        "errors": {
-            group: {"median": round(median, 4), "largest": round(largest, 4)}
-            for group, (median, largest) in errors_by_group(comparisons).items()
-        },
+        "errors": rounded_errors(comparisons),
+        "errors_of_projections": {gpu.name: rounded_errors(found) for gpu, found in held.items()},
         "comparisons": [{**asdict(item), "error": round(item.error, 4)} for item in comparisons],
         "gpus": {
             gpu.name: {
                 **asdict(gpu),
-                "projection": gpu.name != MEASURED_GPU,
+                "projection": gpu != measured_gpu,
                 "tile_us": {
                     "memory": round(gpu.memory_us, 3),
                     "tensor": round(gpu.tensor_us(rows), 3),
@@ -256,6 +269,13 @@ def report(
             for gpu in gpus
         },
         **({"paper": compare_with_paper(DATA_SHEETS["H20"], fit)} if DATA_SHEETS["H20"] in gpus else {}),
+    }
+
+
+def rounded_errors(comparisons: Iterable[Comparison]) -> dict[str, dict[str, float]]:
+    return {
+        group: {"median": round(median, 4), "largest": round(largest, 4)}
+        for group, (median, largest) in errors_by_group(comparisons).items()
     }
 
 
@@ -293,12 +313,15 @@ def print_report(contents: Mapping[str, Any]) -> None:
     )
     print(f"\nModel: {fit['constant_us']} us + the bound at {fit['memory_share']:.0%} of the memory rate,")
     print(f"fitted to {fit['to']}. Its error, of the measured time:")
-    for group, error in contents["errors"].items():
-        print(f"  {group}: median {error['median']:.1%}, largest {error['largest']:+.1%}")
+    print_errors(contents["errors"])
+    held = contents["errors_of_projections"]
+    for name, errors in held.items():
+        print(f"Its error on the {name}, to which it was not fitted:")
+        print_errors(errors)
     for name, gpu in contents["gpus"].items():
-        kind = (
-            "PROJECTION, nothing was measured" if gpu["projection"] else "the model; measurements are in tools/results"
-        )
+        kind = "the model; measurements are in tools/results"
+        if gpu["projection"]:
+            kind = "PROJECTION, held against measurements above" if name in held else "PROJECTION, nothing was measured"
         print(f"\n{name} ({kind}), TFLOP/s by tokens a request:")
         print_table(("", *map(format_tokens, TOKENS)), rate_rows(gpu["by_length"]))
     if "paper" in contents:
@@ -363,6 +386,11 @@ def draw(contents: Mapping[str, Any], path: Path, measured: Sequence[tuple[Cell,
             axes.set_axis_off()
 
 
+def print_errors(errors: Mapping[str, Mapping[str, float]]) -> None:
+    for group, error in errors.items():
+        print(f"  {group}: median {error['median']:.1%}, largest {error['largest']:+.1%}")
+
+
 def error_of(contents: Mapping[str, Any]) -> str:
     """The model's error where it was fitted, in words."""
     errors = [contents["errors"][group] for group in FITTED_GROUPS]
@@ -401,7 +429,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = json.loads(options.results.read_text())
     if sms_used(results) < results["sms"]:
         parser.error(f"{options.results} is about a part of a GPU's SMs")
-    contents = report(gpus_of(parser, options), options.batch or [1, 16, 32], options.heads, options.s_q, results)
+    measured_gpu = data_sheet_of(results)
+    if measured_gpu is None:
+        parser.error(f"{options.results} is about {results['gpu']}, of which there is no data sheet here")
+    batches = options.batch or [1, 16, 32]
+    others = other_results(measured_gpu)
+    contents = report(gpus_of(parser, options), batches, options.heads, options.s_q, measured_gpu, results, others)
     print_report(contents)
     if options.json:
         options.json.write_text(json.dumps(contents, indent=2) + "\n")
@@ -410,6 +443,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         draw(contents, options.picture, measured_cells(results))
         print(f"wrote {options.picture}")
     return 0
+
+
+def other_results(measured_gpu: Gpu) -> dict[Gpu, dict[str, Any]]:
+    """What was measured on other GPUs than that, by their data sheets."""
+    paths = {gpu: RESULTS.with_name(f"{gpu.name.lower()}.json") for gpu in DATA_SHEETS.values() if gpu != measured_gpu}
+    return {gpu: json.loads(path.read_text()) for gpu, path in paths.items() if path.exists()}
 
 
 def gpus_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Gpu]:

@@ -32,6 +32,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
         return subprocess.CompletedProcess(arguments, 0)
 
     monkeypatch.setattr(reproduce, "run", run)
+    monkeypatch.setattr(reproduce.driver, "device_name", lambda device: "NVIDIA H200")
     return commands
 
 
@@ -40,11 +41,12 @@ def test_one_command_measures_draws_tabulates_and_compares(
 ) -> None:
     assert reproduce.main(["--output", str(tmp_path), "--flashmla-so", "a.so", "--fa3-so", "b.so"]) == 0
     tools = [tool for tool, *_ in ran]
-    assert tools == ["bench", "peer_bench", "accuracy", "trace", "trace", "roofline", *reproduce.TABLES, "bench"]
+    assert tools == ["bench", "peer_bench", "accuracy", "trace", "trace", "roofline", *reproduce.FILES, "bench"]
     libraries = ("--flashmla-so", "a.so", "--fa3-so", "b.so")
     assert ran[1][1:5] == ran[2][2:6] == libraries
     written = {path.name for path in tmp_path.iterdir()}
-    assert written == {*reproduce.TABLES.values(), "tables.md", *(f"{name}.json" for name in reproduce.TRACES)}
+    results = map(Path, reproduce.result_files(tmp_path, "h200").values())
+    assert written == {*(path.name for path in results), "tables.md", *(f"{name}.json" for name in reproduce.TRACES)}
     tables = (tmp_path / "tables.md").read_text()
     for heading in ("|  | 512 | 1K |", "| others / ours |", "|  | parts | etap_rt |"):
         assert heading in tables
@@ -53,7 +55,7 @@ def test_one_command_measures_draws_tabulates_and_compares(
 
 def test_pictures_are_those_that_the_readme_shows() -> None:
     drawn = {"throughput.png", "share_of_floor.png", "roofline.png"}  # by peer_bench, into its directory
-    for command in reproduce.measurements(Path("results"), []):
+    for command in reproduce.measurements(Path("results"), "h200", []):
         drawn |= {Path(text).name for text in command if text.endswith(".png")}
     committed = {path.name for path in (ROOT / "tools" / "results").glob("*.png")}
     assert committed == drawn
@@ -62,7 +64,7 @@ def test_pictures_are_those_that_the_readme_shows() -> None:
 
 
 def test_every_argument_is_one_that_the_tool_knows(capsys: pytest.CaptureFixture[str]) -> None:
-    for tool, *arguments in reproduce.measurements(Path("results"), ["--flashmla-so", "a", "--fa3-so", "b"]):
+    for tool, *arguments in reproduce.measurements(Path("results"), "h200", ["--flashmla-so", "a", "--fa3-so", "b"]):
         help_text = subprocess.run(
             [reproduce.sys.executable, str(reproduce.TOOLS / f"{tool}.py"), "--help"], stdout=subprocess.PIPE, text=True
         ).stdout
@@ -85,6 +87,24 @@ def test_a_tool_that_fails_is_named_and_the_others_run(
 
 
 def test_committed_tables_name_gpu_driver_versions_and_date() -> None:
-    for name in reproduce.TABLES.values():
-        results = json.loads((reproduce.RESULTS / name).read_text())
+    shown = [*reproduce.result_files(reproduce.RESULTS, "h200").values(), reproduce.RESULTS / "h100.json"]
+    for path in map(Path, shown):
+        results = json.loads(path.read_text())
         assert results["gpu"] and results["driver"] and results["date"] and results["versions"]["nvrtc"]
+
+
+@pytest.mark.parametrize(
+    ("name", "word"), [("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA GH200 480GB", "gh200")]
+)
+def test_files_are_named_by_the_gpu(monkeypatch: pytest.MonkeyPatch, name: str, word: str) -> None:
+    monkeypatch.setattr(reproduce.driver, "device_name", lambda device: name)
+    assert reproduce.gpu_of_this_machine() == word
+
+
+def test_without_a_gpu_nothing_is_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_gpu(device: int) -> str:
+        raise reproduce.EtapError("no GPU")
+
+    monkeypatch.setattr(reproduce.driver, "device_name", no_gpu)
+    monkeypatch.setattr(reproduce, "run", lambda *arguments, **options: pytest.fail("a tool was run"))
+    assert reproduce.main(["--output", str(tmp_path)]) == 2

@@ -65,6 +65,33 @@ def test_the_model_is_near_our_measurements_where_it_was_fitted() -> None:
     assert abs(largest) < 0.15
 
 
+def test_what_is_projected_for_an_h100_is_near_what_was_measured_there() -> None:
+    fit, _ = roofline.check_model(H200, roofline.measured_cells(RESULTS))
+    (h100, measured), *_ = roofline.other_results(H200).items()
+    assert h100.name == "H100" and roofline.data_sheet_of(measured) == h100
+    median, largest = roofline.errors_by_group(roofline.compare(h100, fit, roofline.measured_cells(measured)))[
+        "lengths"
+    ]
+    assert median < 0.05
+    assert abs(largest) < 0.15
+
+
+def test_a_fit_is_made_with_the_data_sheet_of_the_gpu_that_was_measured(tmp_path: Path) -> None:
+    output = tmp_path / "roofline.json"
+    assert roofline.main(["--results", str(roofline.RESULTS.with_name("h100.json")), "--json", str(output)]) == 0
+    contents = json.loads(output.read_text())
+    assert {name: gpu["projection"] for name, gpu in contents["gpus"].items()}["H100"] is False
+    assert 0.8 < contents["fit"]["memory_share"] < 1
+    assert set(contents["errors_of_projections"]) == {"H200"}
+
+
+def test_a_gpu_without_a_data_sheet_is_refused(tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(RESULTS | {"gpu": "NVIDIA GH200 480GB"}))
+    with pytest.raises(SystemExit):
+        roofline.main(["--results", str(other)])
+
+
 def test_the_paper_lies_between_full_overlap_and_none_on_an_h20() -> None:
     fit, _ = roofline.check_model(H200, roofline.measured_cells(RESULTS))
     for entry in roofline.compare_with_paper(H20, fit):
@@ -78,8 +105,9 @@ def test_projections_are_labelled(tmp_path: Path, capsys: pytest.CaptureFixture[
     picture, output = tmp_path / "roofline.png", tmp_path / "roofline.json"
     assert roofline.main(["--batch", "16", "--json", str(output), "--picture", str(picture)]) == 0
     text = capsys.readouterr().out
-    for name in ("H20", "H100", "H800"):
+    for name in ("H20", "H800"):
         assert f"{name} (PROJECTION, nothing was measured)" in text
+    assert "H100 (PROJECTION, held against measurements above)" in text
     assert "PROJECTIONS beside what the paper measured" in text
     assert "Its error, of the measured time" in text
     contents = json.loads(output.read_text())
