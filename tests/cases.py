@@ -80,6 +80,9 @@ CASES = (
     Case("one-request-128-heads", lengths=(4500,), heads=128),
     Case("one-long-many-short", lengths=(1, 5, 7000, *range(60, 70), 0, 0, 300)),
     Case("more-requests-than-lanes", lengths=tuple(7 * i % 211 for i in range(300)), heads=8),
+    # So many of one length that every lane has two of them whole.
+    Case("two-requests-a-lane", lengths=(130,) * 260, heads=8, latent_dim=256),
+    Case("two-requests-a-lane-128-heads", lengths=(130,) * 130, heads=128, latent_dim=256),
     Case("all-empty", lengths=(0,) * 5),
     Case("one-token", lengths=(1,), heads=1),
     Case("page-edges-128", page_size=128, lengths=(0, 1, 127, 128, 129, 255, 256, 257, 1000)),
@@ -116,6 +119,7 @@ RAGGED_CASES = (
     Case("ragged-one-request", lengths=(9001,), queries=(3,)),
     Case("ragged-one-query-each", queries=(1,) * len(MIXED)),
     Case("ragged-long", lengths=LONG, queries=(1, 2, 4, 1, 0, 3), uneven=True),
+    Case("ragged-two-requests-a-lane", lengths=(130,) * 260, queries=(1, 2) * 130, heads=8, latent_dim=256),
     Case(
         "ragged-long-64-rows", lengths=LONG, queries=(9, 0, 4, 1, 12, 3), uneven=True, dtype="float16", latent_dim=256
     ),

@@ -21,6 +21,7 @@ from etap_rt.schedule import (
     plan_grid,
     unit_tiles,
 )
+from tests.cases import CASES, RAGGED_CASES, Case
 
 lengths_of_a_batch = st.lists(st.one_of(st.integers(0, 200), st.integers(0, 20_000)), max_size=40)
 grids = st.builds(Grid, st.sampled_from(ROW_TILES), st.integers(1, 8), st.integers(1, 4), st.integers(1, 140))
@@ -112,6 +113,16 @@ def test_lanes_that_would_be_left_over_are_worth_a_change_of_units() -> None:
 def test_a_few_lanes_are_left_over_rather_than_change_units() -> None:
     """16 requests of 1000 tiles on 132 lanes: 125 on each of 128 lanes, not 122 on all and twice as much to merge."""
     assert [tiles_of(segments) for segments in divide([64_000] * 16, H200)] == [125] * 128 + [0] * 4
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in (*CASES, *RAGGED_CASES) if "two-requests-a-lane" in case.name], ids=str
+)
+def test_cases_that_are_to_have_two_requests_a_lane_have_them(case: Case) -> None:
+    queries = sum(case.queries) / len(case.queries) if case.queries else case.s_q
+    loads = divide(case.lengths, plan_grid(round(queries * case.heads), H200.lanes))
+    assert max(map(len, loads)) == 2
+    assert all(segment.first_lane == segment.last_lane for segments in loads for segment in segments)
 
 
 def test_with_more_units_than_lanes_a_lane_has_whole_units() -> None:

@@ -21,6 +21,7 @@ CASES = (
     Case("8 rows, fp16, 320", dtype="float16", latent_dim=256, lengths=(1, 129), heads=3),
     SHARED_BY_ALL,
     Case("16 rows, 320, more units than lanes", lengths=tuple(29 * i % 131 for i in range(140)), latent_dim=256),
+    Case("8 rows, 320, two requests for each lane", lengths=(65,) * 262, heads=1, latent_dim=256),
     Case("24 rows, masked", lengths=(0, 1, 200), heads=12, s_q=2, dtype="float16"),
     Case("24 rows, 320, not masked", lengths=(70, 300), heads=24, causal=False, latent_dim=256),
     Case("32 rows, uneven scores", lengths=(700, 64), heads=32, uneven=True),

@@ -51,6 +51,7 @@ DIVISIONS = (
     Case("one-request-8-rows", lengths=(9001,), heads=8, dtype="float16"),
     Case("one-request-128-heads", lengths=(4500,), heads=128),
     Case("many-short", lengths=tuple(7 * i % 211 for i in range(300)), heads=8),
+    Case("two-requests-a-lane", lengths=(130,) * 260, heads=8, latent_dim=256),
     Case("5-queries-128-heads", s_q=5, heads=128, lengths=(3, 64, 65, 1500)),
     Case("one-long-many-short-320", latent_dim=256, heads=24, lengths=(1, 5, 7000, *range(60, 70), 0, 0, 300)),
 )
