@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from etap_rt import arguments
 from etap_rt.kernels import all_specs, decode_spec
 from etap_rt.schedule import plan_grid
 from tests.cases import make_inputs
+from tests.processes import ROOT, environment
 from tests.tool_modules import import_tool
 
 gpu_check = import_tool("gpu_check")
@@ -184,3 +186,11 @@ def test_the_sanitizers_see_every_decode_kernel() -> None:
         dims = (problem.latent_dim, problem.rope_dim)
         seen.add(decode_spec(problem.element, *dims, rows, general=problem.general))
     assert {spec for spec in all_specs() if spec.entry == "mla_decode"} == seen
+
+
+def test_processes_of_tests_import_from_where_their_parent_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
+    assert environment(NAME="value")["PYTHONPATH"].split(os.pathsep) == [str(ROOT), "/somewhere"]
+    assert environment(NAME="value")["NAME"] == "value"
+    monkeypatch.delenv("PYTHONPATH")
+    assert environment()["PYTHONPATH"] == str(ROOT)
