@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib
 import sys
-from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).parents[1]
+from tests.processes import ROOT as ROOT
 
 
 def import_tool(name: str) -> ModuleType:
