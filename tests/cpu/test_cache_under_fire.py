@@ -25,8 +25,8 @@ import pytest
 from etap_rt import compiler, disk_cache
 from etap_rt.disk_cache import LIMIT_VARIABLE, SHARED_VARIABLE
 from etap_rt.kernels import KernelSpec
+from tests.processes import ROOT, environment
 
-ROOT = Path(__file__).parents[2]
 KERNEL = 'extern "C" __global__ void k(float* out) { out[threadIdx.x] = VALUE; }\n'
 OTHER_USER = 54321
 A_DAY = 86400.0
@@ -623,14 +623,14 @@ print(*counts.values())
 """
 
 
-def start(script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+def start(script: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", script, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env=environment(**variables),
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +14,8 @@ import pytest
 from etap_rt import cli, compiler, demo, doctor, driver
 from etap_rt.errors import EtapError, UnsupportedError
 from etap_rt.kernels import KernelSpec, decode_spec
+from tests.processes import environment
 
-ROOT = Path(__file__).parents[2]
 STAND_IN = 'extern "C" __global__ void mla_decode(float* out) { out[threadIdx.x] = ROWS + LATENT_DIM; }\n'
 SPECS = [decode_spec("bfloat16", 512, 64, rows) for rows in (8, 16)]
 
@@ -316,9 +315,8 @@ def test_kernels_compile_for_the_cache_in_processes_and_tell_progress(
 
 
 def test_the_real_demo_on_this_machine_ends_in_tolerance() -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "etap_rt", "demo", "--json"]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True, check=True)
     result = json.loads(done.stdout)
     assert result["accepted"]
     assert result["not_compiled"] is None
