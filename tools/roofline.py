@@ -353,8 +353,8 @@ def rate_rows(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     ]
 
 
-def draw(contents: Mapping[str, Any], path: Path, measured: Sequence[tuple[Cell, float]]) -> None:
-    """A panel for each GPU: bound and expected range by length; measurements where there are any."""
+def draw(contents: Mapping[str, Any], path: Path, measured: Mapping[str, Sequence[tuple[Cell, float]]]) -> None:
+    """A panel for each GPU: bound and expected range by length; measurements, by GPU, where there are any."""
     title = f"mla_decode by data sheet: bound and expected throughput, {contents['heads']} heads, s_q {contents['s_q']}"
     about = f"model fitted to {contents['fit']['to']}; {error_of(contents)}; shaded: down to no overlap at all"
     columns = min(2, len(contents["gpus"]))
@@ -372,14 +372,13 @@ def draw(contents: Mapping[str, Any], path: Path, measured: Sequence[tuple[Cell,
                 axes.plot(tokens, bound, "--", color=color, linewidth=1, label=f"b={batch}, bound")
                 axes.plot(tokens, expected, color=color, label=f"b={batch}, expected")
                 axes.fill_between(tokens, low, expected, color=color, alpha=0.15)
-                points = [] if gpu["projection"] else points_of(measured, batch, contents["heads"])
+                points = points_of(measured.get(name, ()), batch, contents["heads"])
                 if points:
                     axes.plot(*zip(*points), "o", color=color, markersize=4, label=f"b={batch}, measured")
             if name == "H20":
                 pictures.draw_paper(axes)
-            axes.set_title(
-                f"{name}: PROJECTION, nothing was measured" if gpu["projection"] else f"{name}: model and measurements"
-            )
+            kind = "PROJECTION" if gpu["projection"] else "model"
+            axes.set_title(f"{name}: {kind}{' and measurements' if name in measured else ', nothing was measured'}")
             axes.set_ylabel("TFLOP/s")
             pictures.label_tokens(axes, TOKENS)
         for axes in panels[len(contents["gpus"]) :]:
@@ -440,7 +439,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.json.write_text(json.dumps(contents, indent=2) + "\n")
         print(f"wrote {options.json}")
     if options.picture:
-        draw(contents, options.picture, measured_cells(results))
+        every = {measured_gpu: results, **others}
+        draw(contents, options.picture, {gpu.name: measured_cells(found) for gpu, found in every.items()})
         print(f"wrote {options.picture}")
     return 0
 
