@@ -225,8 +225,9 @@ struct Division {
 constexpr int SWITCH_TILES = 2;
 
 // How much more than an equal share the busiest lane may get, as a part of it, where no unit is divided at any place: those
-// cost that to write, to wait for and to merge. Measured on an H100, 128 heads, 128 requests: of 8K 575 us with 253 cells a
-// lane, 516 with 260 (two requests each); of 4K 329 and 277. With 16 heads, 16 requests of 64K, it makes no difference.
+// cost that to write, to wait for and to merge. Measured on H100s, not in one run, 128 heads, 128 requests: of 8K 572 to 575 us
+// with 253 cells a lane, 515 to 525 with 260 (two requests each); of 4K 329, and 275 to 278. With 16 heads, 16 requests of 64K,
+// it makes no difference.
 constexpr int EVEN_SLACK_LOG2 = 3;
 
 // How the tiles are divided and where this lane starts, found by the prologue (schedule.py: divide).
@@ -411,8 +412,8 @@ __device__ __forceinline__ Start find_start(const Params& p, int lane) {
     const int in_a_row = p.by_lanes(start.cells + p.lanes - 1);
     const i64 evenly = p.share ? p.by_share(longest + p.share - 1) : i64(p.stack) * (longest + start.gap);
     start.even = longest < TOO_LONG && evenly <= in_a_row + (in_a_row >> EVEN_SLACK_LOG2);
-    // With one request a thread the length is here; to load it again would take some 200 cycles of the 2300 before the roles
-    // part.
+    // With one request a thread the length is here; to load it again would take some 100 cycles of the 2300 before the roles
+    // part (H100, the median CTA of five calls each).
     auto seqlen_at = [&](int request) {
         if (request >= p.batch) return 0;
         return each == 1 ? __shfl_sync(~0u, seqlen, request) : seqlen_of(p, request);

@@ -382,7 +382,10 @@ class Launch:
         lse_form: LseForm = NATURAL,
         page_count: int = 0,
     ) -> None:
-        """Set what a call adds to its problem, with the lock held. `places` are those of `_places`."""
+        """Set what a call adds to its problem, with the lock held or before others know of the launch.
+
+        `places` are those of `_places`.
+        """
         params, pages = self.params, places[:2]
         if pages != self.maps_in_place:
             maps = self.maps.get(pages) or self._find_maps(pages)

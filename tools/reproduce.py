@@ -84,12 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     given = {"--flashmla-so": options.flashmla_so, "--fa3-so": options.fa3_so}
     libraries = [text for option, file in given.items() if file for text in (option, file)]
-    options.output.mkdir(parents=True, exist_ok=True)
     try:
         gpu = gpu_of_this_machine()
     except EtapError as error:
         print(f"cannot measure here: {error}", file=sys.stderr)
         return 2
+    options.output.mkdir(parents=True, exist_ok=True)
     bench = Path(result_files(options.output, gpu)["bench"])
     before = bench if bench.exists() else RESULTS / bench.name
     earlier = before.read_text() if before.exists() else ""

@@ -180,8 +180,9 @@ CHECKED_GROUPS = ("fp16", "heads", "queries", "mixed", "sms", "compute")
 
 
 def data_sheet_of(results: Mapping[str, Any]) -> Gpu | None:
-    """The data sheet of the GPU that a result file is about, such as "NVIDIA H100 80GB HBM3"."""
-    return next((gpu for gpu in DATA_SHEETS.values() if gpu.name in results["gpu"].split()), None)
+    """The data sheet of a result file's GPU, such as that of "NVIDIA H100 80GB HBM3", not "NVIDIA H100 PCIe"."""
+    words, sms = results["gpu"].split(), results["sms"]
+    return next((gpu for gpu in DATA_SHEETS.values() if gpu.name in words and gpu.sms == sms), None)
 
 
 def check_model(gpu: Gpu, measured: Sequence[tuple[Cell, float]]) -> tuple[Fit, list[Comparison]]:

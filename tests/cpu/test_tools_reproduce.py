@@ -107,4 +107,5 @@ def test_without_a_gpu_nothing_is_run(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
     monkeypatch.setattr(reproduce.driver, "device_name", no_gpu)
     monkeypatch.setattr(reproduce, "run", lambda *arguments, **options: pytest.fail("a tool was run"))
-    assert reproduce.main(["--output", str(tmp_path)]) == 2
+    assert reproduce.main(["--output", str(tmp_path / "new")]) == 2
+    assert not (tmp_path / "new").exists()

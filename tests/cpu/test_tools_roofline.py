@@ -85,9 +85,12 @@ def test_a_fit_is_made_with_the_data_sheet_of_the_gpu_that_was_measured(tmp_path
     assert set(contents["errors_of_projections"]) == {"H200"}
 
 
-def test_a_gpu_without_a_data_sheet_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "gpu", [{"gpu": "NVIDIA GH200 480GB"}, {"gpu": "NVIDIA H100 PCIe", "sms": 114, "sms_used": 114}]
+)
+def test_a_gpu_without_a_data_sheet_is_refused(tmp_path: Path, gpu: dict[str, Any]) -> None:
     other = tmp_path / "other.json"
-    other.write_text(json.dumps(RESULTS | {"gpu": "NVIDIA GH200 480GB"}))
+    other.write_text(json.dumps(RESULTS | gpu))
     with pytest.raises(SystemExit):
         roofline.main(["--results", str(other)])
 
