@@ -225,7 +225,7 @@ struct Division {
 constexpr int SWITCH_TILES = 2;
 
 // How much more than an equal share the busiest lane may get, as a part of it, where no unit is divided at any place: those
-// cost that to write, to wait for and to merge. Measured on H100s, not in one run, 128 heads, 128 requests: of 8K 572 to 575 us
+// cost that to write, to wait for and to merge. Measured on H100s, not in one run, 128 heads, 128 requests: of 8K 572 to 576 us
 // with 253 cells a lane, 515 to 525 with 260 (two requests each); of 4K 329, and 275 to 278. With 16 heads, 16 requests of 64K,
 // it makes no difference.
 constexpr int EVEN_SLACK_LOG2 = 3;
