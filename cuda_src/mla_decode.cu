@@ -22,7 +22,7 @@
 //   sums (where q was)        both warpgroups           both, coordinator     sums_full (256 threads), q_empty (256 threads
 //                                                                             and the coordinator's 32)
 //   start                     coordinator               everyone              __syncthreads
-//   shared_units, arrivals    coordinator               both                  unit_known, met (the coordinator's first lane)
+//   shared_units, arrivals    coordinator               both                  met (the coordinator's first lane)
 //   shares (ring)             both warpgroups           both                  CONSUMER_BARRIER
 //
 // Constants: IS_BF16, LATENT_DIM, ROPE_DIM, ROWS of a row tile, and GENERAL, without which there are no ragged queries, no
@@ -147,9 +147,12 @@ __device__ __forceinline__ u32* counter_of(const Params& p, int lane, int row_gr
     return p.counters + (lane * p.row_groups + row_group) * COUNTER_WORDS;
 }
 
-// Partial results: a lane has one slot for the unit it starts in the middle of, one for the unit it starts.
+// Partial results: a lane has one slot for the unit it starts in the middle of, one for the unit it starts. Lanes that share
+// a unit lie at a distance that the compiler knows.
+constexpr int LANE_SLOTS = 2;
+
 __device__ __forceinline__ int partial_slot(const Params& p, int lane, bool starts, int row_group) {
-    return (lane * 2 + int(starts)) * p.row_groups + row_group;
+    return LANE_SLOTS * lane + (starts ? 1 : 0) + row_group * (LANE_SLOTS * p.lanes);
 }
 
 struct Range {
@@ -329,7 +332,7 @@ struct SharedUnit {
 
 constexpr int SHARED_LIMIT = 232448;
 constexpr int FIXED_BYTES =
-    TILE_CHUNKS * Q_CHUNK_BYTES + 2 * P_BYTES + sizeof(Statistics) + sizeof(Start) + 2 * sizeof(SharedUnit) + 9 * 8;
+    TILE_CHUNKS * Q_CHUNK_BYTES + 2 * P_BYTES + sizeof(Statistics) + sizeof(Start) + 2 * sizeof(SharedUnit) + 7 * 8;
 constexpr int SLOTS = (SHARED_LIMIT - FIXED_BYTES) / (CHUNK_BYTES + 2 * 8);
 // Chunks of its next tile that a warpgroup multiplies before it turns to the tile in between: products for the time of the
 // other's softmax, but with 64 rows the tile in between holds half of the ring and should not wait for the last of them.
@@ -344,7 +347,7 @@ struct Shared {
     u64 chunk_full[SLOTS];
     u64 chunk_empty[SLOTS];
     u64 p_full[2];
-    u64 unit_known[2], met[2];
+    u64 met[2];
     u64 sums_full, q_empty;
     Start start;
     SharedUnit shared_units[2];
@@ -378,7 +381,6 @@ __device__ __forceinline__ void init_barriers(const Params& p, Shared& s, int wa
     if (warp >= CONSUMER_WARPS && warp < CONSUMER_WARPS + 2) {
         const int w = warp - CONSUMER_WARPS;
         mbarrier_init(shared_address(&s.p_full[w]), 4 + 3);
-        mbarrier_init(shared_address(&s.unit_known[w]), 1);
         mbarrier_init(shared_address(&s.met[w]), 1);
     }
     if (warp == COORDINATOR_WARP) {
@@ -991,31 +993,37 @@ struct Merged {
     float sum[2];
 };
 
-// Of one piece of 16 dims x 8 columns: the partial results of up to COUNT members, in flight or there.
+// Of one piece of 16 dims x 8 columns: the partial results of up to COUNT members, in flight or there. Everything stops
+// after the last member, looked for every GROUP members, so that those do not wait for each other.
 template <int COUNT>
 struct Partials {
+    static constexpr int GROUP = 4;
     float4 v[COUNT];
     float4 stats[COUNT];  // reference and sum of an even, of an odd column
 
-    // Of members [from, to); `values` and `statistics` point to those of member 0 as if it started in the middle of the unit,
-    // the next member's lie `step` slots further on. Member 0 starts the unit: its own lie `own` slots further on.
-    __device__ __forceinline__ void load(const float4* values, const float4* statistics, u32 own, u32 step, int from, int to) {
+    // Of `count` members; `values` and `statistics` point to those of the first, as if it started in the middle of the unit. A
+    // member that starts the unit has its own in the next slot.
+    __device__ __forceinline__ void load(const float4* values, const float4* statistics, int count, bool starts) {
+        constexpr int SLOT_VALUES = MERGE_PIECES * 32, SLOT_STATS = ROWS / 2;
+        const float4* first_values = values + (starts ? SLOT_VALUES : 0);
+        const float4* first_statistics = statistics + (starts ? SLOT_STATS : 0);
+        keep_pointer(values);
+        keep_pointer(statistics);
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
-            v[i] = make_float4(0, 0, 0, 0);
-            stats[i] = make_float4(NEG_INF, 0, NEG_INF, 0);
-            if (from + i < to) {
-                const u32 slot = from + i == 0 ? own : (from + i) * step;
-                v[i] = load_shared_by_ctas(values + slot * (MERGE_PIECES * 32));
-                stats[i] = load_shared_by_ctas(statistics + slot * (ROWS / 2));
-            }
+            if (i % GROUP == 0 && i >= count) break;
+            v[i] = load_shared_by_ctas(i == 0 ? first_values : values + i * LANE_SLOTS * SLOT_VALUES, i < count,
+                                       make_float4(0, 0, 0, 0));
+            stats[i] = load_shared_by_ctas(i == 0 ? first_statistics : statistics + i * LANE_SLOTS * SLOT_STATS, i < count,
+                                           make_float4(NEG_INF, 0, NEG_INF, 0));
         }
     }
 
-    __device__ __forceinline__ void add_to(Merged& m) const {
+    __device__ __forceinline__ void add_to(Merged& m, int count) const {
         float top[2] = {m.reference[0], m.reference[1]};
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
+            if (i % GROUP == 0 && i >= count) break;
             top[0] = fmaxf(top[0], stats[i].x);
             top[1] = fmaxf(top[1], stats[i].z);
         }
@@ -1030,6 +1038,7 @@ struct Partials {
         }
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
+            if (i % GROUP == 0 && i >= count) break;
             const float even = exp2_approx(stats[i].x - safe[0]), odd = exp2_approx(stats[i].z - safe[1]);
             m.v[0] += v[i].x * even;
             m.v[1] += v[i].y * odd;
@@ -1044,48 +1053,40 @@ struct Partials {
 // Adds the partial results of members [from, to) of a unit for one piece, in their order.
 __device__ __forceinline__ void merge_members(const Params& p, const SharedUnit& unit, int row_group, int piece, int from,
                                               int to, Merged& m) {
-    constexpr int BATCH = 9;  // two batches are in flight together: 17 members a warp when 132 lanes share a unit
+    constexpr int BATCH = 17;  // in flight together: what a warp adds up when 132 lanes share a unit
     const int lane = threadIdx.x % 32, group = piece / GROUP_PIECES;
-    const u32 first = partial_slot(p, unit.first_lane, false, row_group), own = p.row_groups, step = 2 * p.row_groups;
-    const float4* values = p.partials + first * (MERGE_PIECES * 32) + piece * 32 + lane;
-    const float4* statistics = reinterpret_cast<const float4*>(p.partial_stats + first * ROWS) + group * 4 + lane % 4;
 #pragma unroll 1
     do {
-        Partials<BATCH> a, b;
-        a.load(values, statistics, own, step, from, to);
-        const bool more = from + BATCH < to;
-        if (more) b.load(values, statistics, own, step, from + BATCH, to);
-        a.add_to(m);
-        if (more) b.add_to(m);
-    } while ((from += 2 * BATCH) < to);
+        const int slot = partial_slot(p, unit.first_lane + from, false, row_group);
+        Partials<BATCH> partials;
+        partials.load(p.partials + (slot * MERGE_PIECES + piece) * 32 + lane,
+                      reinterpret_cast<const float4*>(p.partial_stats + slot * ROWS) + group * 4 + lane % 4, to - from,
+                      from == 0);
+        partials.add_to(m, to - from);
+    } while ((from += BATCH) < to);
 }
 
 // The part of a shared unit that falls to member `member`: pieces member, member + members, ... of the unit's
-// (column group, block, warp) pieces. With few pieces several warps divide the members of one among them. Calls `ready` once
-// before the first partial result is read, and goes on if it returns true; before that it may rehearse: go through the
-// first piece without anything to add or store, to have the instructions fetched.
-template <typename Ready>
+// (column group, block, warp) pieces. With few pieces several warps divide the members of one among them.
 __device__ __forceinline__ void merge_part(const Params& p, Shared& s, const SharedUnit& unit, int index, int row_group,
-                                           int member, bool rehearse, const Ready& ready) {
+                                           int member) {
     const int members = unit.members;
     const RowTile rows = row_tile_of(p, unit.request, unit.pass, row_group);
     const int pieces = (rows.count + 7) / 8 * GROUP_PIECES;  // of columns that exist
     const int share_log2 = member + 4 * members < pieces ? 0 : member + 2 * members < pieces ? 1 : member + members < pieces ? 2 : 3;
     const int helpers = 1 << share_log2;  // warps that divide a piece; if there are several, there is one round
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int helper = warp % helpers;
+    const int helper = warp & (helpers - 1);
     const int from = members * helper >> share_log2, to = members * (helper + 1) >> share_log2;
-    bool rehearsal = rehearse && member < pieces;
-    if (!rehearsal && !ready()) return;
 #pragma unroll 1
-    for (int first = member; first < pieces;) {
+    for (int first = member; first < pieces; first += (CONSUMER_WARPS >> share_log2) * members) {
         const int piece = first + (warp >> share_log2) * members;
         const int group = piece / GROUP_PIECES, block = piece / 4 % LATENT_CHUNKS, row_warp = piece % 4;
         Merged m = {{0, 0, 0, 0}, {NEG_INF, NEG_INF}, {0, 0}};
-        if (piece < pieces) merge_members(p, unit, row_group, piece, from, rehearsal ? from : to, m);
+        if (piece < pieces) merge_members(p, unit, row_group, piece, from, to, m);
         if (helpers > 1) {
-            // The ring is idle: its first slots carry the helpers' shares.
-            Merged(*shares)[32] = reinterpret_cast<Merged(*)[32]>(s.ring[index * 2 + rehearsal]);
+            // The ring is idle: a slot carries the helpers' shares.
+            Merged(*shares)[32] = reinterpret_cast<Merged(*)[32]>(s.ring[index]);
             shares[warp][lane] = m;
             named_barrier<CONSUMER_BARRIER, CONSUMERS>();
             if (helper == 0)
@@ -1104,19 +1105,11 @@ __device__ __forceinline__ void merge_part(const Params& p, Shared& s, const Sha
                 }
         }
         if (helper == 0 && piece < pieces) {
-            RowTile stored = rows;
-            if (rehearsal) stored.count = 0;
-            store_outputs(p, unit.request, stored, group, block * CHUNK_DIMS + row_warp * 16, m.v, inverse(m.sum[0]),
+            store_outputs(p, unit.request, rows, group, block * CHUNK_DIMS + row_warp * 16, m.v, inverse(m.sum[0]),
                           inverse(m.sum[1]));
             if (block == 0 && row_warp == 0 && lane < 4)
                 for (int e = 0; e < 2; ++e)
-                    store_lse(p, unit.request, stored, group * 8 + lane * 2 + e, m.reference[e], m.sum[e]);
-        }
-        if (!rehearsal) {
-            first += (CONSUMER_WARPS >> share_log2) * members;
-        } else {
-            rehearsal = false;
-            if (!ready()) return;
+                    store_lse(p, unit.request, rows, group * 8 + lane * 2 + e, m.reference[e], m.sum[e]);
         }
     }
 }
@@ -1143,10 +1136,12 @@ __device__ __forceinline__ bool all_arrived(u32 arrivals, const SharedUnit& unit
 // waits too long (the others may not even be running, when something else occupies their SMs) leaves its part to those who
 // see the arrivals complete. The last to arrive always does, so whatever else the GPU does, somebody gets everything done.
 __device__ __forceinline__ void merge_unit(const Params& p, Shared& s, int index, int lane, int row_group) {
-    mbarrier_wait(shared_address(&s.unit_known[index]), 0);
+    mbarrier_wait(shared_address(&s.met[index]), 0);
     const SharedUnit unit = s.shared_units[index];
+    const u32 arrivals = s.arrivals[index];
+    if (!all_arrived(arrivals, unit)) return;
+    trace(p, TRACE_MERGE);
     const int own = lane - unit.first_lane;
-    bool abandoned = false;
     // First the own part, then, should anybody have given up, the parts of those.
 #pragma unroll 1
     for (int turn = 0; turn <= unit.members; ++turn) {
@@ -1157,16 +1152,8 @@ __device__ __forceinline__ void merge_unit(const Params& p, Shared& s, int index
             // One thread looks for all: a member that finds out too late that everybody has arrived may write at this moment.
             if (!named_barrier_any<CONSUMER_BARRIER, CONSUMERS>(threadIdx.x == 0 && *gave_up)) continue;
         }
-        bool arrived = true;
-        merge_part(p, s, unit, index, row_group, part, index == 0 && turn == 0, [&] {
-            mbarrier_wait(shared_address(&s.met[index]), 0);
-            const u32 arrivals = s.arrivals[index];
-            arrived = all_arrived(arrivals, unit);
-            abandoned = arrivals >= GAVE_UP;
-            if (arrived && turn == 0) trace(p, TRACE_MERGE);
-            return arrived;
-        });
-        if (!arrived || !abandoned) return;
+        merge_part(p, s, unit, index, row_group, part);
+        if (arrivals < GAVE_UP) return;
         named_barrier<CONSUMER_BARRIER, CONSUMERS>();  // before the shares are written anew
     }
     if (threadIdx.x == 0) depart(p, unit, row_group);
@@ -1190,11 +1177,7 @@ __device__ __forceinline__ void coordinate(const Params& p, Shared& s, Walk walk
         SharedUnit unit;
         if (!walk.whole()) {
             unit = shared_unit(p, s.start, walk, lane);
-            if (l == 0) {
-                s.shared_units[units] = unit;
-                mbarrier_arrive(shared_address(&s.unit_known[units]));
-            }
-            __syncwarp();
+            if (l == 0) s.shared_units[units] = unit;
         }
         mbarrier_wait(shared_address(&s.sums_full), phase);
         if (!walk.whole()) {
@@ -1251,7 +1234,8 @@ __device__ __forceinline__ void consume(const Params& p, Shared& s, Walk walk, i
         finish_segment(c, walk, rows, lane, row_group, phase);
         shared_units += !walk.whole();
     }
-    if (shared_units > 0) mbarrier_wait(shared_address(&s.sums_full), phase ^ 1);  // nobody multiplies any more
+    if (shared_units == 0) return;
+    mbarrier_wait(shared_address(&s.sums_full), phase ^ 1);  // nobody multiplies any more
 #pragma unroll 1
     for (int i = 0; i < shared_units; ++i) merge_unit(p, s, i, lane, row_group);
 }

@@ -80,12 +80,22 @@ __device__ __forceinline__ u32 load_acquire(const u32* word) {
     return value;
 }
 
-// Loads that skip L1, for what other CTAs of this launch have written.
-__device__ __forceinline__ float4 load_shared_by_ctas(const float4* p) {
-    float4 v;
-    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p)
-                 : "memory");
-    return v;
+// The compiler adds constants to this pointer, rather than making each sum out of what the pointer was made of.
+template <typename T>
+__device__ __forceinline__ void keep_pointer(const T*& p) {
+    asm volatile("" : "+l"(p));
+}
+
+// Loads that skip L1, for what other CTAs of this launch have written; `otherwise` unless `wanted`.
+__device__ __forceinline__ float4 load_shared_by_ctas(const float4* p, bool wanted, float4 otherwise) {
+    asm volatile(
+        "{\n.reg .pred wanted;\n"
+        "setp.ne.b32 wanted, %5, 0;\n"
+        "@wanted ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n}\n"
+        : "+f"(otherwise.x), "+f"(otherwise.y), "+f"(otherwise.z), "+f"(otherwise.w)
+        : "l"(p), "r"(int(wanted))
+        : "memory");
+    return otherwise;
 }
 
 }  // namespace hopper
