@@ -227,11 +227,15 @@ struct Division {
 // What a lane loses by starting on another unit, in tiles.
 constexpr int SWITCH_TILES = 2;
 
-// How much more than an equal share the busiest lane may get, as a part of it, where no unit is divided at any place: those
+// How much more than an equal share the busiest lane may get where no unit is divided at any place, as a part of it: those
 // cost that to write, to wait for and to merge. Measured on H100s, not in one run, 128 heads, 128 requests: of 8K 572 to 576 us
 // with 253 cells a lane, 515 to 525 with 260 (two requests each); of 4K 329, and 275 to 278. With 16 heads, 16 requests of 64K,
 // it makes no difference.
 constexpr int EVEN_SLACK_LOG2 = 3;
+// And in tiles, where lanes share units and merge them in any case. Measured in one run on an H100, 16 heads, at any place and
+// evenly: 40 requests of 8K (3 tiles more) 145.0 and 142.1 us, of 32K (15 more) 517.6 and 525.9; 24 requests of 8K (2 more)
+// 94.5 and 91.4, of 32K (9 more) 317.5 and 321.1.
+constexpr int SHARED_SLACK = 6;
 
 // How the tiles are divided and where this lane starts, found by the prologue (schedule.py: divide).
 //   even       every unit gets the same number of lanes, every lane at most one segment; with more units than lanes every lane
@@ -413,7 +417,8 @@ __device__ __forceinline__ Start find_start(const Params& p, int lane) {
     longest = __reduce_max_sync(~0u, longest);
     const int in_a_row = p.by_lanes(start.cells + p.lanes - 1);
     const i64 evenly = p.share ? p.by_share(longest + p.share - 1) : i64(p.stack) * (longest + start.gap);
-    start.even = longest < TOO_LONG && evenly <= in_a_row + (in_a_row >> EVEN_SLACK_LOG2);
+    const int slack = min(in_a_row >> EVEN_SLACK_LOG2, p.share ? SHARED_SLACK : in_a_row);
+    start.even = longest < TOO_LONG && evenly <= in_a_row + slack;
     // With one request a thread the length is here; to load it again would take some 100 cycles of the 2300 before the roles
     // part (H100, the median CTA of five calls each).
     auto seqlen_at = [&](int request) {

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias
 from etap_rt.errors import ArgumentError, ArgumentTypeError
 from etap_rt.interop import Array, Layout, describe, remember, tensor_signature, to_host
 from etap_rt.kernels import DIMS, ELEMENT_TYPES, ElementType
+from etap_rt.overlap import overlap, reach, span
+from etap_rt.scalars import check_flag
 from etap_rt.schedule import ROW_TILES, TILE_KEYS
 
 MAX_HEADS = 128
@@ -122,8 +124,9 @@ class Call(NamedTuple):
 
 
 _problems: dict[tuple[Any, ...], Problem] = {}
-# Of calls whose four inputs are tensors on the GPU, by what these and given outputs look like: see `recognise`.
-_recognised: dict[Any, Problem] = {}
+# Of calls whose four inputs are tensors on the GPU, by what these and given outputs look like, with the inputs' reach:
+# see `recognise`.
+_recognised: dict[Any, tuple[Problem, tuple[tuple[int, int], ...]]] = {}
 
 
 def check(
@@ -208,7 +211,9 @@ def check(
     if cu_seqlens_q is None and problem.total_q:
         signature, _ = tensor_signature(q, kv_cache, block_table, cache_seqlens)
         if signature is not None:
-            remember(_recognised, _with_outputs(signature, out_array, lse_array), problem)
+            inputs = q_latent, cache_latent, table, lengths  # all packed, or the signature were None
+            reaches = tuple(reach(array.layout) for array in inputs)
+            remember(_recognised, _with_outputs(signature, out_array, lse_array), (problem, reaches))
 
     call = Call(
         problem,
@@ -241,6 +246,8 @@ def check(
         _refuse_output("out", out_array, OUT_ALIGNMENT)
     if lse_array is not None and (lse_array.pointer % 4 or not _writeable(lse_array)):
         _refuse_output("lse", lse_array, 4)
+    if out_array is not None or lse_array is not None:
+        _check_overlaps(call)
     return call
 
 
@@ -264,9 +271,10 @@ def recognise(q: Any, kv_cache: Any, block_table: Any, cache_seqlens: Any, out: 
     if lse is not None:
         lse_array = describe(lse, "lse")
         lse_at = lse_array.pointer
-    problem = _recognised.get(_with_outputs(signature, out_array, lse_array))
-    if problem is None:
+    recognised = _recognised.get(_with_outputs(signature, out_array, lse_array))
+    if recognised is None:
         return None
+    problem, reaches = recognised
     q_at, cache_at, table_at, lengths_at = at
     if (
         q_at % ELEMENT_BYTES
@@ -275,6 +283,14 @@ def recognise(q: Any, kv_cache: Any, block_table: Any, cache_seqlens: Any, out: 
         or (table_at | lengths_at | lse_at) % 4
     ):
         return None
+    if out is not None or lse is not None:
+        taken = [(address + first, address + past) for address, (first, past) in zip(at, reaches)]
+        for array in (out_array, lse_array):
+            if array is not None:
+                begin, end = span(array)
+                if any(begin < past and first < end for first, past in taken):
+                    return None
+                taken.append((begin, end))
     return problem, at, out_array, lse_array
 
 
@@ -327,8 +343,7 @@ def check_inputs(
 
     Raises ArgumentError or ArgumentTypeError that names the first argument, request or table entry that is wrong.
     """
-    if return_lse is not True and return_lse is not False:
-        raise ArgumentTypeError("return_lse", repr(return_lse), "True or False")
+    check_flag(return_lse, "return_lse")
     call = check(q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, out, lse, cu_seqlens_q)
     check_values(call)
     if call.starts is not None:
@@ -405,8 +420,7 @@ def check_options(softmax_scale: Any, causal: Any) -> None:
     """Raise unless they are what mla_decode takes."""
     if type(softmax_scale) is not float or not 0.0 < softmax_scale <= MAX_SCALE:
         check_scale(softmax_scale)
-    if causal is not True and causal is not False:
-        raise ArgumentTypeError("causal", repr(causal), "True or False")
+    check_flag(causal, "causal")
 
 
 def check_scale(scale: Any, name: str = "softmax_scale") -> None:
@@ -652,15 +666,30 @@ def _writeable(array: Array) -> bool:
 
 
 def _refuse_alignment(call: Call) -> NoReturn:
-    candidates = [(name, array, ELEMENT_BYTES) for name, array in zip(_part_names("q", call.q), call.q)]
-    cache_names = _part_names("kv_cache", call.kv_cache)
-    candidates += [(name, array, CACHE_ALIGNMENT) for name, array in zip(cache_names, call.kv_cache)]
-    table_name = "block_table[0]" if call.problem.csr else "block_table"
-    candidates += [(table_name, call.table, 4), ("cache_seqlens", call.lengths, 4)]
-    offsets = (("cu_seqlens_q", call.starts), ("block_table[1]", call.indptr))
-    candidates += [(name, array, 4) for name, array in offsets if array is not None]
-    name, array, alignment = next(c for c in candidates if c[1].pointer % c[2])
+    name, array, alignment = next(c for c in _named_inputs(call) if c[1].pointer % c[2])
     raise ArgumentError(name, f"address {array.pointer:#x}", f"a multiple of {alignment} bytes")
+
+
+def _named_inputs(call: Call) -> list[tuple[str, Array, int]]:
+    """The inputs with their names and the alignment that is asked of them."""
+    inputs = [(name, array, ELEMENT_BYTES) for name, array in zip(_part_names("q", call.q), call.q)]
+    cache_names = _part_names("kv_cache", call.kv_cache)
+    inputs += [(name, array, CACHE_ALIGNMENT) for name, array in zip(cache_names, call.kv_cache)]
+    table_name = "block_table[0]" if call.problem.csr else "block_table"
+    inputs += [(table_name, call.table, 4), ("cache_seqlens", call.lengths, 4)]
+    offsets = (("cu_seqlens_q", call.starts), ("block_table[1]", call.indptr))
+    return inputs + [(name, array, 4) for name, array in offsets if array is not None]
+
+
+def _check_overlaps(call: Call) -> None:
+    """Check that outputs do not lie where other arrays do: CTAs write while others read."""
+    others = [(name, array) for name, array, _ in _named_inputs(call)]
+    for output, name in ((call.out, "out"), (call.lse, "lse")):
+        if output is not None:
+            for other_name, other in others:
+                if overlap(output, other):
+                    raise ArgumentError(name, f"memory of {other_name}", "memory apart from all other arrays")
+            others.append((name, output))
 
 
 def _refuse_output(name: str, array: Array, alignment: int) -> NoReturn:

@@ -12,6 +12,7 @@ from etap_rt import arguments, compiler, driver, interop, reference
 from etap_rt.arguments import ELEMENT_BYTES, NATURAL, Call, LseForm, Problem, Recognised
 from etap_rt.interop import Array, Layout
 from etap_rt.kernels import decode_spec
+from etap_rt.scalars import check_flag
 from etap_rt.schedule import TILE_KEYS, Grid, plan_grid
 from etap_rt.workspace import Workspace, workspace_for
 
@@ -85,6 +86,7 @@ def mla_decode(
 
     Source: FlashMLA-ETAP, arXiv 2506.01969, section 3 (transposed attention pipeline).
     """
+    check_flag(return_lse, "return_lse")
     arguments.check_options(softmax_scale, causal)
     known = None
     if cu_seqlens_q is None:
@@ -117,6 +119,7 @@ def plan_decode(
     between runs, lengths, offsets and tables included; of q it needs the layout. Outputs that are not given are made
     here and written by every run.
     """
+    check_flag(return_lse, "return_lse")
     call = arguments.check(q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, out, lse, cu_seqlens_q)
     return DecodePlan(call, *make_outputs(call, out, lse, return_lse), softmax_scale, causal)
 

@@ -35,18 +35,18 @@ def identical(a: Array, b: Array) -> bool:
 
 def span(array: Array) -> tuple[int, int]:
     """The addresses of the first byte and past the last one; the same where there are no elements."""
-    first, past = _reach(array.layout)
+    first, past = reach(array.layout)
     return array.pointer + first, array.pointer + past
 
 
 @functools.lru_cache(MAX_REMEMBERED)
-def _reach(layout: Layout) -> tuple[int, int]:
-    """The span, from the address of the element at index 0 on."""
+def reach(layout: Layout) -> tuple[int, int]:
+    """The span of an array that looks like this, from the address of the element at index 0 on."""
     if 0 in layout.shape:
         return 0, 0
     size = numpy_dtype(layout.dtype).itemsize
-    reach = [(n - 1) * stride * size for n, stride in zip(layout.shape, layout.strides)]
-    return sum(x for x in reach if x < 0), sum(x for x in reach if x > 0) + size
+    ways = [(n - 1) * stride * size for n, stride in zip(layout.shape, layout.strides)]
+    return sum(x for x in ways if x < 0), sum(x for x in ways if x > 0) + size
 
 
 def _same_device(a: Array, b: Array) -> bool:

@@ -187,6 +187,7 @@ DECODE_MISTAKES: dict[str, tuple[type[Exception], Callable[[], dict[str, Any]], 
         "softmax_scale: got array([1.]), accepted is a number of the host",
     ),
     "causal 1": (ArgumentTypeError, lambda: {"causal": 1}, "causal: got 1, accepted is True or False"),
+    "return_lse 1": (ArgumentTypeError, lambda: {"return_lse": 1}, "return_lse: got 1, accepted is True or False"),
     "another device": (
         ArgumentError,
         lambda: {"block_table": torch_zeros(2, 4, dtype="int32", device="meta")},
@@ -210,7 +211,7 @@ CALLS: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("mistake", DECODE_MISTAKES)
 def test_every_call_says_the_same_and_writes_nothing(mistake: str, name: str) -> None:
     error, change, message = DECODE_MISTAKES[mistake]
-    if name == "trace_decode" and change().keys() & {"out", "lse"}:
+    if name == "trace_decode" and change().keys() & {"out", "lse", "return_lse"}:
         return  # it makes its own
     arguments = good_arguments()
     arguments["out"].fill(7)
@@ -223,6 +224,31 @@ def test_every_call_says_the_same_and_writes_nothing(mistake: str, name: str) ->
     for output in ("out", "lse"):
         if output not in change():
             assert (arguments[output] == 7).all()
+
+
+def outputs_elsewhere(output: str, other: str) -> dict[str, Any]:
+    """Good arguments but for an output that lies in the memory of another array."""
+    arguments = good_arguments()
+    taken = arguments[other]
+    arguments[output] = taken[..., 64:] if output == "out" else taken.reshape(-1)[:24].view(np.float32).reshape(2, 3, 2)
+    return arguments
+
+
+@pytest.mark.parametrize("name", ["mla_decode", "plan_decode", "check_inputs"])
+@pytest.mark.parametrize(("output", "other"), [("out", "q"), ("lse", "kv_cache"), ("lse", "out")])
+def test_outputs_in_the_memory_of_another_array(name: str, output: str, other: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        CALLS[name](**outputs_elsewhere(output, other))
+    assert str(caught.value) == f"{output}: got memory of {other}, accepted is memory apart from all other arrays"
+
+
+def test_outputs_may_lie_between_the_rows_of_inputs() -> None:
+    memory = np.random.default_rng(0).standard_normal((2, 2, 3, 576 + 512)).astype(BF16)
+    arguments = good_arguments() | {"q": memory[..., :576], "cache_seqlens": np.array([70, 5], np.int32)}
+    arguments["kv_cache"] = np.random.default_rng(1).standard_normal((7, 64, 576)).astype(BF16)
+    expected, _ = etap_rt.mla_decode(**arguments)
+    etap_rt.mla_decode(**arguments | {"out": memory[..., 576:]})
+    assert (memory[..., 576:] == expected).all()
 
 
 @pytest.mark.parametrize(

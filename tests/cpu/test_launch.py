@@ -111,6 +111,20 @@ def test_a_call_that_was_seen_before_gets_what_it_would_get_otherwise(notes: Dec
     assert len(notes.launches) == 24 and len(set(notes.launches)) == 1
 
 
+@pytest.mark.parametrize(("output", "other"), [("out", "kv_cache"), ("lse", "kv_cache"), ("lse", "out")])
+def test_outputs_of_a_call_that_was_seen_must_lie_elsewhere(notes: DecodeNotes, output: str, other: str) -> None:
+    call = arguments()
+    call["out"], call["lse"] = (x.clone() for x in etap_rt.mla_decode(**call, return_lse=True))
+    for _ in range(2):
+        etap_rt.mla_decode(**on_gpu(call))
+    taken = call[other].view(-1).view(call[output].dtype)
+    call[output] = taken[: call[output].numel()].view(call[output].shape)
+    launches = len(notes.launches)
+    with pytest.raises(etap_rt.ArgumentError, match=f"^{output}: got memory of {other}"):
+        etap_rt.mla_decode(**on_gpu(call))
+    assert len(notes.launches) == launches
+
+
 @pytest.mark.parametrize(
     ("name", "spoil", "text"),
     [
