@@ -464,9 +464,6 @@ __device__ __forceinline__ void prefetch_inputs(const Params& p, int lane, int r
         tma_prefetch_map(&p.rope_map);
         prefetch_l2(counter_of(p, lane, row_group));
     }
-    // A line of each 2 MiB of the partial results, for the translation of addresses.
-    constexpr int STRIDE = (2 << 20) / sizeof(float4);
-    if (l * STRIDE < p.lanes * 2 * p.row_groups * MERGE_PIECES * 32) prefetch_l2(p.partials + l * STRIDE);
 }
 
 // ---------------------------------------------------------------------------------------------- producer
