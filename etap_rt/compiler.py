@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 ARCH = "sm_90a"
 COMPUTE_CAPABILITY = (9, 0)
 OLDEST_NVRTC = (12, 3)
+# From here on NVRTC keeps what it compiles in the driver's cache, where there is a driver, and gives machine code
+# without what ptxas has to say about it (NVRTC manual, "Caching").
+NVRTC_WITH_CACHE = (12, 9)
 _CACHE_FORMAT = 2  # part of every key: raise it when the files' layout or meaning changes
 
 SOURCE_SUFFIXES = (".cu", ".cuh", ".h", ".hpp")
@@ -258,8 +261,11 @@ def _job(spec: KernelSpec, arch: str) -> _Job:
     defines = (f"-D{name}={value}" for name, value in spec.defines)
     # Line numbers, for profilers, change nothing in the machine code.
     options = (f"-arch={arch}", "-std=c++17", "-default-device", "-lineinfo", "--ptxas-options=-v", *defines)
+    version = nvrtc_version()
+    if version >= NVRTC_WITH_CACHE:
+        options += ("--no-cache",)
     source, headers = _read_sources(spec.source)
-    return _Job(_key(spec, options, nvrtc_version(), source, headers), spec, arch, options, source, headers)
+    return _Job(_key(spec, options, version, source, headers), spec, arch, options, source, headers)
 
 
 def _read_sources(name: str) -> tuple[bytes, dict[str, bytes]]:

@@ -278,6 +278,15 @@ def test_the_report_counts_wgmma_and_says_whether_it_was_serialized(workshop: Wo
     assert report.serialized_wgmma == bool(between)
 
 
+@pytest.mark.parametrize(("version", "told"), [((12, 3), False), ((12, 8), False), ((12, 9), True), ((13, 0), True)])
+def test_an_nvrtc_with_a_cache_of_its_own_is_told_not_to_use_it(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, version: tuple[int, int], told: bool
+) -> None:
+    """It would give machine code without the log that the report is made of; older ones know no such option."""
+    monkeypatch.setattr(compiler, "nvrtc_version", lambda: version)
+    assert ("--no-cache" in compiler._job(spec(), "sm_90a").options) == told
+
+
 def test_a_log_without_a_report_is_an_error() -> None:
     with pytest.raises(EtapError, match="no report on k"):
         compiler.build_report(Compiled(spec(), "sm_90a", b"", None, "ptxas says nothing", (), 0.0, False))

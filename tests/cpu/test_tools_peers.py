@@ -95,6 +95,8 @@ def results() -> dict[str, Any]:
 
 
 def test_every_adapter_says_why_it_is_skipped_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(peers, "libraries", {})
     everybody = peers.all_peers()
     assert len({peer.name for peer in everybody}) == len(everybody) == len(peers.MODULES)
