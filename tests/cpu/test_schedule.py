@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from etap_rt.schedule import (
     MAX_ROW_GROUPS,
     ROW_TILES,
+    SHARED_SLACK,
     SWITCH_TILES,
     TILE_KEYS,
     Grid,
@@ -88,9 +89,13 @@ def test_no_lane_has_more_than_an_eighth_more_than_its_part(lengths: list[int], 
 @example([4096] * 16, H200)
 @example([64_000] * 16, H200)
 @example([8192] * 128, Grid(rows=64, row_groups=2, passes=1, lanes=66))
+@example([8192] * 40, H200)
+@example([32768] * 40, H200)
 def test_no_unit_is_divided_at_any_place_where_the_even_division_costs_little(lengths: list[int], grid: Grid) -> None:
     in_a_row = cells_of_a_lane(lengths, grid)
-    if cells_of_a_lane_evenly(lengths, grid) > in_a_row + in_a_row // 8:
+    shared = len(lengths) * grid.passes <= grid.lanes
+    accepted = min(in_a_row // 8, SHARED_SLACK) if shared else in_a_row // 8
+    if cells_of_a_lane_evenly(lengths, grid) > in_a_row + accepted:
         return
     for segments in divide(lengths, grid):
         assert len(segments) <= 1 or all(segment.first_lane == segment.last_lane for segment in segments)
@@ -123,6 +128,14 @@ def test_cases_that_are_to_have_two_requests_a_lane_have_them(case: Case) -> Non
     loads = divide(case.lengths, plan_grid(round(queries * case.heads), H200.lanes))
     assert max(map(len, loads)) == 2
     assert all(segment.first_lane == segment.last_lane for segments in loads for segment in segments)
+
+
+def test_where_lanes_share_units_the_busiest_may_have_a_few_tiles_more() -> None:
+    """40 requests on 132 lanes: of 8K 43 tiles on each of 120 lanes, not 39; of 32K 156 on all, not 171 on 120."""
+    assert max(map(tiles_of, divide([8192] * 40, H200))) == 43
+    longer = divide([32768] * 40, H200)
+    assert max(map(tiles_of, longer)) <= 156
+    assert all(longer)
 
 
 def test_with_more_units_than_lanes_a_lane_has_whole_units() -> None:
