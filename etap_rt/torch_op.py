@@ -20,6 +20,7 @@ from torch import Tensor
 from etap_rt import decode
 from etap_rt.errors import ArgumentError, ArgumentTypeError
 from etap_rt.kernels import DIMS
+from etap_rt.scalars import check_flag
 
 _INPUTS = "Tensor q, Tensor kv_cache, Tensor block_table, Tensor cache_seqlens"
 _OPTIONS = (
@@ -45,6 +46,7 @@ def mla_decode(
 
     Raises what `etap_rt.mla_decode` raises.
     """
+    check_flag(return_lse, "return_lse")
     q, q_rope = _pair("q", q)
     kv_cache, kv_rope = _pair("kv_cache", kv_cache)
     block_table, page_indptr = _pair("block_table", block_table)

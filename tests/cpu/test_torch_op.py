@@ -107,6 +107,8 @@ def test_errors_of_mla_decode_come_through() -> None:
         OPERATORS.mla_decode(*inputs, **{**options, "softmax_scale": -1.0})
     with pytest.raises(ArgumentTypeError, match="^kv_cache: got tuple of 3"):
         torch_op.mla_decode(**{**call, "kv_cache": (call["kv_cache"],) * 3})
+    with pytest.raises(ArgumentTypeError, match="^return_lse: got 1, accepted is True or False"):
+        torch_op.mla_decode(**call, return_lse=1)
 
 
 def test_backward_says_that_there_are_no_gradients() -> None:
