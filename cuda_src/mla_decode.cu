@@ -1088,6 +1088,7 @@ __device__ __forceinline__ void merge_part(const Params& p, Shared& s, const Sha
         if (piece < pieces) merge_members(p, unit, row_group, piece, from, to, m);
         if (helpers > 1) {
             // The ring is idle: a slot carries the helpers' shares.
+            static_assert(sizeof(Merged[CONSUMER_WARPS][32]) <= CHUNK_BYTES, "one slot holds them");
             Merged(*shares)[32] = reinterpret_cast<Merged(*)[32]>(s.ring[index]);
             shares[warp][lane] = m;
             named_barrier<CONSUMER_BARRIER, CONSUMERS>();

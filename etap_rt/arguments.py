@@ -211,8 +211,8 @@ def check(
     if cu_seqlens_q is None and problem.total_q:
         signature, _ = tensor_signature(q, kv_cache, block_table, cache_seqlens)
         if signature is not None:
-            inputs = q_latent, cache_latent, table, lengths  # all packed, or the signature were None
-            reaches = tuple(reach(array.layout) for array in inputs)
+            packed = q_latent, cache_latent, table, lengths  # or the signature were None
+            reaches = tuple(reach(array.layout) for array in packed)
             remember(_recognised, _with_outputs(signature, out_array, lse_array), (problem, reaches))
 
     call = Call(
@@ -247,7 +247,9 @@ def check(
     if lse_array is not None and (lse_array.pointer % 4 or not _writeable(lse_array)):
         _refuse_output("lse", lse_array, 4)
     if out_array is not None or lse_array is not None:
-        _check_overlaps(call)
+        inputs = *q_arrays, *cache_arrays, table, lengths, *(x for x in (starts, indptr) if x is not None)
+        if not _lie_apart([span(array) for array in inputs], out_array, lse_array):
+            _refuse_overlaps(call)
     return call
 
 
@@ -285,13 +287,8 @@ def recognise(q: Any, kv_cache: Any, block_table: Any, cache_seqlens: Any, out: 
         return None
     if out is not None or lse is not None:
         taken = [(address + first, address + past) for address, (first, past) in zip(at, reaches)]
-        for array in (out_array, lse_array):
-            if array is not None:
-                begin, end = span(array)
-                for first, past in taken:  # a quarter faster than any() with a generator
-                    if begin < past and first < end:
-                        return None
-                taken.append((begin, end))
+        if not _lie_apart(taken, out_array, lse_array):
+            return None
     return problem, at, out_array, lse_array
 
 
@@ -682,8 +679,20 @@ def _named_inputs(call: Call) -> list[tuple[str, Array, int]]:
     return inputs + [(name, array, 4) for name, array in offsets if array is not None]
 
 
-def _check_overlaps(call: Call) -> None:
-    """Check that outputs do not lie where other arrays do: CTAs write while others read."""
+def _lie_apart(taken: list[tuple[int, int]], out: Array | None, lse: Array | None) -> bool:
+    """Whether neither output reaches into the spans that are taken, or into the other; for calls that repeat."""
+    for array in (out, lse):
+        if array is not None:
+            begin, end = span(array)
+            for first, past in taken:  # a quarter faster than any() with a generator
+                if begin < past and first < end:
+                    return False
+            taken.append((begin, end))
+    return True
+
+
+def _refuse_overlaps(call: Call) -> None:
+    """Raise if an output has elements of another array, between whose rows it may lie: CTAs write while others read."""
     others = [(name, array) for name, array, _ in _named_inputs(call)]
     for output, name in ((call.out, "out"), (call.lse, "lse")):
         if output is not None:
