@@ -21,7 +21,7 @@
 //   rescale[w]
 //   sums (where q was)        both warpgroups           both, coordinator     sums_full (256 threads), q_empty (256 threads
 //                                                                             and the coordinator's 32)
-//   start                     coordinator               everyone              __syncthreads
+//   start, walk               coordinator               everyone              __syncthreads
 //   shared_units, arrivals    coordinator               both                  met (the coordinator's first lane)
 //   shares (ring)             both warpgroups           both                  CONSUMER_BARRIER
 //
@@ -82,12 +82,15 @@ struct Statistics {
     int rescale[2];         // whether there is one
 };
 
-// Division by a number that the host knows: q = n * magic / 2^64 with magic = floor(2^64 / d) + 1 is exact for 32-bit n.
-// magic = 0 stands for d = 1.
+// Division by a number d that the host knows, 2^(shift - 1) < d <= 2^shift: floor(n * multiplier / 2^(31 + shift)) with
+// multiplier = ceil(2^(31 + shift) / d) < 2^32 is exact for 0 <= n < 2^31.
 struct Divider {
-    u64 magic;
-    __device__ __forceinline__ int operator()(int n) const { return magic ? int(__umul64hi(u64(n), magic)) : n; }
+    u32 multiplier, shift;
+    __device__ __forceinline__ int operator()(int n) const { return int(__umulhi(2 * u32(n), multiplier) >> shift); }
 };
+
+// How far entry `index` >= 0 lies from the first: two multiplications, where a signed index takes four.
+__device__ __forceinline__ i64 offset(int index, i64 stride) { return i64(u64(u32(index)) * u64(stride)); }
 
 struct Params {
     TensorMap latent_map;  // (dims, page_size, num_pages), box 64 x min(page_size, 64) x 1
@@ -181,12 +184,12 @@ __device__ __forceinline__ int seqlen_of(const Params& p, int request) {
     int capacity = p.table_capacity;
     if (GENERAL && p.page_indptr)
         capacity = int(min(i64(list_range(p.page_indptr, request, p.max_pages).count) * p.page_size, MOST_TOKENS));
-    return max(0, min(p.cache_seqlens[request * p.seqlens_stride], capacity));
+    return max(0, min(p.cache_seqlens[offset(request, p.seqlens_stride)], capacity));
 }
 
 __device__ __forceinline__ const int* pages_of(const Params& p, int request) {
     return p.block_table +
-           (GENERAL && p.page_indptr ? list_range(p.page_indptr, request, p.max_pages).begin : request * p.table_stride);
+           (GENERAL && p.page_indptr ? list_range(p.page_indptr, request, p.max_pages).begin : offset(request, p.table_stride));
 }
 
 // When things happened in a CTA, for tools/trace.py; nothing at all unless compiled with TRACE.
@@ -237,18 +240,27 @@ constexpr int EVEN_SLACK_LOG2 = 3;
 // 94.5 and 91.4, of 32K (9 more) 317.5 and 321.1.
 constexpr int SHARED_SLACK = 6;
 
-// How the tiles are divided and where this lane starts, found by the prologue (schedule.py: divide).
+// How the tiles are divided, found by the prologue (schedule.py: divide).
 //   even       every unit gets the same number of lanes, every lane at most one segment; with more units than lanes every lane
 //              gets the same number of units
 //   otherwise  all units stand in a row, SWITCH_TILES empty cells before each (none when there are fewer tiles than lanes),
 //              and every lane gets the same number of cells
 struct Start {
     int even;
-    int gap;         // empty cells before each unit
-    int cells;       // of all units
-    int request;     // where the lane starts
-    int seqlen;      // of that, 0 past the last
-    int unit_begin;  // first cell, gap included, of the first pass over `request`
+    int gap;    // empty cells before each unit
+    int cells;  // of all units
+};
+
+// Where a lane starts if the division is even: known before the lengths are.
+struct EvenStart {
+    int unit, index;  // its first unit; the index-th of the lanes that share it
+    int request, pass;
+
+    __device__ __forceinline__ EvenStart(const Params& p, int lane)
+        : unit(p.share ? p.by_share(lane) : lane * p.stack),
+          index(p.share ? lane - unit * p.share : 0),
+          request(p.by_passes(unit)),
+          pass(unit - request * p.passes) {}
 };
 
 // Walks over the segments of one lane. Every warp keeps one, the same in all its threads.
@@ -259,32 +271,27 @@ struct Walk {
     int tile_begin, tile_end;    // of the segment, within the unit
     int end;                     // of the lane's cells; when the division is even, each of its units is a cell
 
-    __device__ __forceinline__ Walk(const Params& p, const Start& start, int lane) {
-        request = start.request;
-        seqlen = start.seqlen;
+    // With an even division; `request` and its `seqlen` are there.
+    __device__ __forceinline__ void start_evenly(const Params& p, const EvenStart& even) {
         look_at_request(p);
-        pass = 0;
-        if (start.even) {
-            const int unit = p.share ? p.by_share(lane) : lane * p.stack, index = p.share ? lane - unit * p.share : 0;
-            if (passes > 1) pass = unit - request * passes;
-            const Division division(unit_tiles, max(1, p.share), p.by_share);
-            const bool used = request < p.batch && index < division.lanes;
-            unit_begin = 0;
-            end = min(p.stack, p.batch * p.passes - unit);
-            tile_begin = used ? division.begin(index) : 0;
-            tile_end = used ? division.begin(index + 1) : 0;
-        } else {
-            const Division division(start.cells, p.lanes, p.by_lanes);
-            const bool used = lane < division.lanes;
-            const int begin = division.begin(lane), offset = begin - start.unit_begin, unit_cells = unit_tiles + start.gap;
-            if (passes > 1) pass = offset / unit_cells;
-            unit_begin = start.unit_begin + pass * unit_cells + start.gap;
-            end = used ? division.begin(lane + 1) : 0;
-            tile_begin = used ? max(0, begin - unit_begin) : 0;
-            tile_end = used ? min(unit_tiles, end - unit_begin) : 0;
-            if (used && tile_end <= tile_begin) next(p, start);  // all of the lane lies in gaps, or this unit's part of it
-        }
-        make_uniform();
+        pass = even.pass;
+        const Division division(unit_tiles, max(1, p.share), p.by_share);
+        const bool used = request < p.batch && even.index < division.lanes;
+        unit_begin = 0;
+        end = min(p.stack, p.batch * p.passes - even.unit);
+        tile_begin = used ? division.begin(even.index) : 0;
+        tile_end = used ? division.begin(even.index + 1) : 0;
+    }
+    // With cells [begin, lane_end) of all units; the first pass over `request` begins at `first`, gap included.
+    __device__ __forceinline__ void start_in_a_row(const Params& p, const Start& start, int first, int begin, int lane_end) {
+        look_at_request(p);
+        const int unit_cells = unit_tiles + start.gap;
+        pass = passes > 1 ? (begin - first) / unit_cells : 0;
+        unit_begin = first + pass * unit_cells + start.gap;
+        end = lane_end;
+        tile_begin = max(0, begin - unit_begin);
+        tile_end = min(unit_tiles, end - unit_begin);
+        if (begin < lane_end && tile_end <= tile_begin) next(p, start);  // all of it lies in gaps, or this unit's part of it
     }
     __device__ __forceinline__ bool active() const { return tile_begin < tile_end; }
     __device__ __forceinline__ bool starts() const { return tile_begin == 0; }
@@ -308,12 +315,6 @@ struct Walk {
         tile_end = start.even ? unit_tiles : min(unit_tiles, end - unit_begin);
         make_uniform();
     }
-
-private:
-    __device__ __forceinline__ void look_at_request(const Params& p) {
-        passes = request < p.batch ? passes_of(p, request) : 1;
-        unit_tiles = unit_tiles_of(seqlen);
-    }
     // The compiler keeps in uniform registers only what it knows to be the same in all threads of the warp.
     __device__ __forceinline__ void make_uniform() {
         request = uniform(request);
@@ -326,7 +327,33 @@ private:
         tile_end = uniform(tile_end);
         end = uniform(end);
     }
+
+private:
+    __device__ __forceinline__ void look_at_request(const Params& p) {
+        passes = request < p.batch ? passes_of(p, request) : 1;
+        unit_tiles = unit_tiles_of(seqlen);
+    }
 };
+
+// What a warp keeps while it goes through the segments of its lane, the same in all its threads.
+struct Progress {
+    Walk walk;
+    int lane, row_group;
+    bool first;        // whether the segment is the lane's first
+    u32 phase;         // of what happens once a segment
+    int shared_units;  // that it has left partial results of. At most two: the one it starts in the middle of and the one it
+                       // does not finish
+
+    __device__ __forceinline__ void next_segment(const Params& p, const Start& start) {
+        walk.next(p, start);
+        first = false;
+        phase ^= 1;
+    }
+};
+
+// In registers, for NVRTC up to 12.4 in shared memory: they keep it in those of every thread and have too few beside the
+// accumulators, where newer ones use registers that the threads of a warp share.
+constexpr bool PROGRESS_IN_MEMORY = __CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ < 5 && ROWS > 16;
 
 // A unit that several lanes share, for the merge.
 struct SharedUnit {
@@ -336,7 +363,8 @@ struct SharedUnit {
 
 constexpr int SHARED_LIMIT = 232448;
 constexpr int FIXED_BYTES =
-    TILE_CHUNKS * Q_CHUNK_BYTES + 2 * P_BYTES + sizeof(Statistics) + sizeof(Start) + 2 * sizeof(SharedUnit) + 7 * 8;
+    TILE_CHUNKS * Q_CHUNK_BYTES + 2 * P_BYTES + sizeof(Statistics) + sizeof(Start) + sizeof(Walk) +
+    (PROGRESS_IN_MEMORY ? THREADS / 32 : 1) * sizeof(Progress) + 2 * sizeof(SharedUnit) + 7 * 8;
 constexpr int SLOTS = (SHARED_LIMIT - FIXED_BYTES) / (CHUNK_BYTES + 2 * 8);
 // Chunks of its next tile that a warpgroup multiplies before it turns to the tile in between: products for the time of the
 // other's softmax, but with 64 rows the tile in between holds half of the ring and should not wait for the last of them.
@@ -354,11 +382,65 @@ struct Shared {
     u64 met[2];
     u64 sums_full, q_empty;
     Start start;
+    Walk walk;  // of the first segment
+    Progress progress[PROGRESS_IN_MEMORY ? THREADS / 32 : 1];  // of each warp
     SharedUnit shared_units[2];
     u32 arrivals[2];  // of the shared units, as the coordinator saw them last
     Statistics statistics;
 };
 static_assert(sizeof(Shared) <= SHARED_LIMIT, "shared memory of a CTA");
+
+// The progress of a warp, wherever it is kept.
+template <bool IN_MEMORY>
+class Kept {
+public:
+    __device__ __forceinline__ Kept(Shared&, const Progress& start) : progress(start) {}
+    __device__ __forceinline__ const Progress* operator->() const { return &progress; }
+    template <typename Change>
+    __device__ __forceinline__ void change(const Change& how) {
+        how(progress);
+    }
+
+private:
+    Progress progress;
+};
+
+template <>
+class Kept<true> {
+public:
+    __device__ __forceinline__ Kept(Shared& shared, const Progress& start) : s(shared) {
+        get() = start;
+        __syncwarp();
+    }
+    __device__ __forceinline__ const Progress* operator->() const { return &get(); }
+    template <typename Change>
+    __device__ __forceinline__ void change(const Change& how) {
+        Progress changed = get();
+        how(changed);
+        __syncwarp();
+        get() = changed;
+        __syncwarp();
+    }
+
+private:
+    // The thread is asked for anew each time: the address would be kept in a register, which is what this is to spare.
+    __device__ __forceinline__ Progress& get() const { return s.progress[thread_again() / 32]; }
+
+    Shared& s;
+};
+
+using WarpProgress = Kept<PROGRESS_IN_MEMORY>;
+
+// What follows from a warp's progress: worked out once, or, where registers are scarce, whenever it is asked for.
+template <typename Value>
+__device__ __forceinline__ auto derived(const Value& value) {
+    if constexpr (PROGRESS_IN_MEMORY) {
+        return value;
+    } else {
+        const auto once = value();
+        return [once] { return once; };
+    }
+}
 
 // Chunks go round the ring in the order they are used; every time round flips the parity of a slot's barriers.
 struct Place {
@@ -374,61 +456,58 @@ struct Place {
 
 // ---------------------------------------------------------------------------------------------- prologue
 
-// One thread of each warp takes every THREADS / 32-th slot: an initialisation takes some 30 cycles, and the rest waits for it.
+// One thread of each consumer warp takes every CONSUMER_WARPS-th slot: an initialisation takes some 30 cycles, and the rest
+// waits for it.
 __device__ __forceinline__ void init_barriers(const Params& p, Shared& s, int warp) {
     if (threadIdx.x % 32 > 0) return;
 #pragma unroll 1
-    for (int i = warp; i < SLOTS; i += THREADS / 32) {
+    for (int i = warp; i < SLOTS; i += CONSUMER_WARPS) {
         mbarrier_init(shared_address(&s.chunk_full[i]), GENERAL && p.gather ? 32 : 1);
         mbarrier_init(shared_address(&s.chunk_empty[i]), 4);
     }
-    if (warp >= CONSUMER_WARPS && warp < CONSUMER_WARPS + 2) {
-        const int w = warp - CONSUMER_WARPS;
-        mbarrier_init(shared_address(&s.p_full[w]), 4 + 3);
-        mbarrier_init(shared_address(&s.met[w]), 1);
+    if (warp < 2) {
+        mbarrier_init(shared_address(&s.p_full[warp]), 4 + 3);
+        mbarrier_init(shared_address(&s.met[warp]), 1);
     }
-    if (warp == COORDINATOR_WARP) {
+    if (warp == 2) {
         mbarrier_init(shared_address(&s.sums_full), CONSUMERS);
         mbarrier_init(shared_address(&s.q_empty), CONSUMERS + 32);
     }
     mbarrier_init_fence();
 }
 
-// How the tiles are divided and where this lane starts: a scan over the lengths by each warp, for itself. Thread l takes
-// the l-th block of requests.
-__device__ __forceinline__ Start find_start(const Params& p, int lane) {
+// How the tiles are divided and where this lane starts: a scan over the lengths by each warp that asks, for itself. Thread l
+// takes the l-th block of requests.
+__device__ __forceinline__ Walk find_walk(const Params& p, int lane, Start& start) {
     constexpr int TOO_LONG = 1 << 30;  // to be shared out evenly: a request of other passes than the host counted on
     const int l = threadIdx.x % 32;
-    const int each = (p.batch + 31) / 32;
+    const int each = int(u32(p.batch + 31) / 32);
     const int begin = min(l * each, p.batch), end = min(begin + each, p.batch);
-    int tiles = 0, units = 0, longest = 0, seqlen = 0;
+    int seqlen = begin < end ? seqlen_of(p, begin) : 0;
+    const EvenStart even(p, lane);
+    Walk walk;
+    walk.request = even.request;
+    walk.seqlen = walk.request < p.batch ? seqlen_of(p, walk.request) : 0;
+    int tiles = 0, units = 0, longest = 0;
 #pragma unroll 1
-    for (int r = begin; r < end; ++r) {
-        seqlen = seqlen_of(p, r);
+    for (int r = begin; r < end; ) {
         const int passes = passes_of(p, r), unit_tiles = unit_tiles_of(seqlen);
         units += passes;
         tiles += passes * unit_tiles;
-        longest = max(longest, passes == p.passes ? unit_tiles : TOO_LONG);
+        longest = max(longest, !GENERAL || passes == p.passes ? unit_tiles : TOO_LONG);
+        if (++r < end) seqlen = seqlen_of(p, r);
     }
-    Start start;
     const int total = __reduce_add_sync(~0u, tiles);
-    start.gap = total > p.lanes ? SWITCH_TILES : 0;
-    start.cells = total + start.gap * int(__reduce_add_sync(~0u, units));
     longest = __reduce_max_sync(~0u, longest);
+    start.gap = total > p.lanes ? SWITCH_TILES : 0;
+    start.cells = total + start.gap * (GENERAL ? int(__reduce_add_sync(~0u, units)) : p.batch * p.passes);
     const int in_a_row = p.by_lanes(start.cells + p.lanes - 1);
-    const i64 evenly = p.share ? p.by_share(longest + p.share - 1) : i64(p.stack) * (longest + start.gap);
     const int slack = min(in_a_row >> EVEN_SLACK_LOG2, p.share ? SHARED_SLACK : in_a_row);
-    start.even = longest < TOO_LONG && evenly <= in_a_row + slack;
-    // With one request a thread the length is here; to load it again would take some 100 cycles of the 2300 before the roles
-    // part (H100, the median CTA of five calls each).
-    auto seqlen_at = [&](int request) {
-        if (request >= p.batch) return 0;
-        return each == 1 ? __shfl_sync(~0u, seqlen, request) : seqlen_of(p, request);
-    };
+    const i64 evenly = p.share ? p.by_share(longest + p.share - 1) : i64(p.stack) * (longest + start.gap);
+    start.even = (!GENERAL || longest < TOO_LONG) && evenly <= in_a_row + slack;
     if (start.even) {
-        start.request = p.by_passes(p.share ? p.by_share(lane) : lane * p.stack);
-        start.seqlen = seqlen_at(start.request);
-        return start;
+        walk.start_evenly(p, even);
+        return walk;
     }
     const int own = tiles + start.gap * units;
     int after = own;  // cells up to and with this thread's
@@ -437,19 +516,23 @@ __device__ __forceinline__ Start find_start(const Params& p, int lane) {
         const int below = __shfl_up_sync(~0u, after, d);
         if (l >= d) after += below;
     }
-    const int target = Division(start.cells, p.lanes, p.by_lanes).begin(lane);
+    const Division division(start.cells, p.lanes, p.by_lanes);
+    const int target = division.begin(lane);
     const u32 found = __ballot_sync(~0u, target >= after - own && target < after);
     const int source = found ? __ffs(found) - 1 : 31;
-    start.request = found ? __shfl_sync(~0u, begin, source) : p.batch;
-    start.unit_begin = __shfl_sync(~0u, after - own, source);
-    start.seqlen = seqlen_at(start.request);
-    while (each > 1 && start.request < p.batch) {
-        const int cells = (unit_tiles_of(start.seqlen) + start.gap) * passes_of(p, start.request);
-        if (target < start.unit_begin + cells) break;
-        start.unit_begin += cells;
-        start.seqlen = seqlen_at(++start.request);
+    int first = __shfl_sync(~0u, after - own, source);
+    walk.request = found ? __shfl_sync(~0u, begin, source) : p.batch;
+    // With one request a thread the length is here; to load it again would take some hundred cycles.
+    walk.seqlen = !found ? 0 : each == 1 ? __shfl_sync(~0u, seqlen, source) : seqlen_of(p, walk.request);
+    while (each > 1 && walk.request < p.batch) {
+        const int cells = (unit_tiles_of(walk.seqlen) + start.gap) * passes_of(p, walk.request);
+        if (target < first + cells) break;
+        first += cells;
+        ++walk.request;
+        walk.seqlen = walk.request < p.batch ? seqlen_of(p, walk.request) : 0;
     }
-    return start;
+    walk.start_in_a_row(p, start, first, target, lane < division.lanes ? division.begin(lane + 1) : target);
+    return walk;
 }
 
 // Has brought to L2 what will be read one after the other: the lengths, the table, the tensor maps, and the words at which
@@ -457,8 +540,8 @@ __device__ __forceinline__ Start find_start(const Params& p, int lane) {
 __device__ __forceinline__ void prefetch_inputs(const Params& p, int lane, int row_group) {
     constexpr int LINE = 32;  // words
     const int l = threadIdx.x % 32;
-    if (l * LINE < p.batch) prefetch_l2(p.cache_seqlens + l * LINE * p.seqlens_stride);
-    if (l * LINE < p.max_pages) prefetch_l2(p.block_table + i64(p.by_lanes(lane * p.batch)) * p.table_stride + l * LINE);
+    if (l * LINE < p.batch) prefetch_l2(p.cache_seqlens + offset(l * LINE, p.seqlens_stride));
+    if (l * LINE < p.max_pages) prefetch_l2(p.block_table + offset(p.by_lanes(lane * p.batch), p.table_stride) + l * LINE);
     if (l == 0) {
         tma_prefetch_map(&p.latent_map);
         tma_prefetch_map(&p.rope_map);
@@ -469,9 +552,10 @@ __device__ __forceinline__ void prefetch_inputs(const Params& p, int lane, int r
 // ---------------------------------------------------------------------------------------------- producer
 
 // Brings every PRODUCER_WARPS-th chunk of one tile that lies in `parts` pages. Thread l of the warp copies parts l and
-// l + 32, of pages `page` and `second`.
-__device__ __forceinline__ void produce_tile(const Params& p, Shared& s, const Place& first, int parts, int page, int second,
-                                             int token) {
+// l + 32, of pages page_of(0) and page_of(1): asked for at the end, as the first may still be on its way.
+template <typename PageOf>
+__device__ __forceinline__ void produce_tile(const Params& p, Shared& s, const Place& first, int parts, int token,
+                                             const PageOf& page_of) {
     const int l = threadIdx.x % 32, warp = uniform(threadIdx.x / 32 - CONSUMER_WARPS);
     const u32 part_bytes = CHUNK_BYTES / u32(parts);
 #pragma unroll 1
@@ -484,6 +568,7 @@ __device__ __forceinline__ void produce_tile(const Params& p, Shared& s, const P
         const TensorMap* map = j < ROPE_CHUNKS ? &p.rope_map : &p.latent_map;
         const int dim = (j < ROPE_CHUNKS ? j : j - ROPE_CHUNKS) * CHUNK_DIMS;
         const u32 target = shared_address(s.ring[place.slot]);
+        const int page = page_of(0), second = page_of(1);
         if (l < parts) tma_load_3d(target + l * part_bytes, map, full, dim, token, page);
         if (l + 32 < parts) tma_load_3d(target + (l + 32) * part_bytes, map, full, dim, token, second);
     }
@@ -494,6 +579,7 @@ __device__ __forceinline__ void produce_tile(const Params& p, Shared& s, const P
 __device__ __forceinline__ void gather_tile(const Params& p, Shared& s, const Place& first, int page, int second, int keys) {
     const int l = threadIdx.x % 32, warp = uniform(threadIdx.x / 32 - CONSUMER_WARPS);
     const int piece = l % 8, shift = p.gather - 1;
+    constexpr int UNROLL = ROWS <= 32 ? 8 : 2;  // as many as the registers of a producer allow
 #pragma unroll 1
     for (int j = warp; j < TILE_CHUNKS; j += PRODUCER_WARPS) {
         const Place place = first.ahead(j);
@@ -503,7 +589,7 @@ __device__ __forceinline__ void gather_tile(const Params& p, Shared& s, const Pl
         const int token_stride = int(rope ? p.k_rope_strides[1] : p.k_strides[1]);
         const u32 target = shared_address(s.ring[place.slot]) + l / 8 * 128;
         mbarrier_wait(shared_address(&s.chunk_empty[place.slot]), place.parity ^ 1);
-#pragma unroll 8
+#pragma unroll UNROLL
         for (int i = 0; i < TILE_KEYS / 4; ++i) {
             const int row = i * 4 + l / 8, part = row >> shift;
             const int id = __shfl_sync(~0u, part < 32 ? page : second, part % 32);
@@ -514,47 +600,90 @@ __device__ __forceinline__ void gather_tile(const Params& p, Shared& s, const Pl
     }
 }
 
-__device__ __forceinline__ void produce(const Params& p, Shared& s, Walk walk) {
-    const int l = threadIdx.x % 32;
-    Place place(0, 0);
-    for (; walk.active(); walk.next(p, s.start)) {
-        const int tiles = walk.key_tiles();
+// What the threads of a producing warp know of a segment's pages: with whole tiles in a page, thread l that of tile i + l;
+// otherwise parts l and l + 32 of tile i. Past the last page of the request the first of the tile once more: the barrier
+// counts whole chunks, and what lies there is never used.
+struct Pages {
+    int page = 0, second = 0;
+
+    Pages() = default;
+    __device__ __forceinline__ Pages(const Params& p, const Walk& walk, int i) {
+        const int l = threadIdx.x % 32, tiles = walk.key_tiles();
+        if (i >= tiles) return;
         const int* table = pages_of(p, walk.request);
         if (!GENERAL || p.tile_pages == 1) {
-            // Each thread of the warp holds the page of one of the next 32 tiles.
-            auto page_of = [&](int i) { return i < tiles ? table[p.by_page_tiles(walk.tile_begin + i)] : 0; };
-            int pages = page_of(l);
+            if (i + l < tiles) page = table[p.by_page_tiles(walk.tile_begin + i + l)];
+        } else {
+            const int first = (walk.tile_begin + i) * p.tile_pages;
+            auto page_of = [&](int part) {
+                const bool used = part < p.tile_pages && (first + part) * p.page_size < walk.seqlen;
+                return table[first + (used ? part : 0)];
+            };
+            page = page_of(l);
+            second = page_of(l + 32);
+        }
+    }
+};
+
+// Token within its page where a tile begins.
+__device__ __forceinline__ int first_token(const Params& p, int tile) {
+    return (tile - p.by_page_tiles(tile) * p.page_tiles) * TILE_KEYS;
+}
+
+// The first tile, if it lies in one page, apart from the loops over all others: without them the barriers are told what to
+// expect while the number of the page is on its way, and the loads leave together.
+__device__ __forceinline__ bool produce_first_tile(const Params& p, Shared& s, const Walk& walk, int warp, int page) {
+    if ((GENERAL && p.tile_pages > 1) || walk.key_tiles() == 0) return false;
+    const int token = first_token(p, walk.tile_begin);
+    if (threadIdx.x % 32 > 0) return true;
+#pragma unroll
+    for (int i = 0; i < TILE_CHUNKS; i += PRODUCER_WARPS) {
+        const int j = i + warp;
+        if (i + PRODUCER_WARPS <= TILE_CHUNKS || j < TILE_CHUNKS)
+            mbarrier_arrive_expect(shared_address(&s.chunk_full[j]), CHUNK_BYTES);
+    }
+#pragma unroll
+    for (int i = 0; i < TILE_CHUNKS; i += PRODUCER_WARPS) {
+        const int j = i + warp;
+        if (i + PRODUCER_WARPS <= TILE_CHUNKS || j < TILE_CHUNKS)
+            tma_load_3d(shared_address(s.ring[j]), i < ROPE_CHUNKS && j < ROPE_CHUNKS ? &p.rope_map : &p.latent_map,
+                        shared_address(&s.chunk_full[j]), (j < ROPE_CHUNKS ? j : j - ROPE_CHUNKS) * CHUNK_DIMS, token, page);
+    }
+    return true;
+}
+
+// `pages` are the first of the first segment, of which `begun` tiles are on their way.
+__device__ __forceinline__ void produce(const Params& p, Shared& s, const Progress& start_of_lane, Pages pages, int begun) {
+    WarpProgress now(s, start_of_lane);
+    Place place(begun * TILE_CHUNKS, 0);
+    while (now->walk.active()) {
+        const int tiles = now->walk.key_tiles();
+        if (!GENERAL || p.tile_pages == 1) {
             for (int group = 0; group < tiles; group += 32) {
-                const int next_pages = page_of(group + 32 + l);
+                const Pages next(p, now->walk, group + 32);
                 const int count = min(32, tiles - group);
-                for (int i = 0; i < count; ++i) {
-                    const int tile = walk.tile_begin + group + i;
-                    const int token = (tile - p.by_page_tiles(tile) * p.page_tiles) * TILE_KEYS;
-                    produce_tile(p, s, place, 1, __shfl_sync(~0u, pages, i), 0, token);
+                for (int i = begun; i < count; ++i) {
+                    produce_tile(p, s, place, 1, first_token(p, now->walk.tile_begin + group + i),
+                                 [&](int) { return __shfl_sync(~0u, pages.page, i); });
                     place = place.ahead(TILE_CHUNKS);
                 }
-                pages = next_pages;
+                begun = 0;
+                pages = next;
             }
         } else {
-            // Each thread holds one or two pages of the next tile. Past the last page of the request it takes the first
-            // of the tile once more: the barrier counts whole chunks, and what lies there is never used.
-            auto page_of = [&](int i, int part) {
-                const int index = (walk.tile_begin + i) * p.tile_pages;
-                const bool used = part < p.tile_pages && (index + part) * p.page_size < walk.seqlen;
-                return i < tiles ? table[index + (used ? part : 0)] : 0;
-            };
-            int page = page_of(0, l), second = page_of(0, l + 32);
             for (int i = 0; i < tiles; ++i) {
-                const int next_page = page_of(i + 1, l), next_second = page_of(i + 1, l + 32);
+                const Pages next(p, now->walk, i + 1);
                 if (p.gather)
-                    gather_tile(p, s, place, page, second, walk.seqlen - (walk.tile_begin + i) * TILE_KEYS);
+                    gather_tile(p, s, place, pages.page, pages.second,
+                                now->walk.seqlen - (now->walk.tile_begin + i) * TILE_KEYS);
                 else
-                    produce_tile(p, s, place, p.tile_pages, page, second, 0);
+                    produce_tile(p, s, place, p.tile_pages, 0, [&](int i) { return i == 0 ? pages.page : pages.second; });
                 place = place.ahead(TILE_CHUNKS);
-                page = next_page;
-                second = next_second;
+                pages = next;
             }
         }
+        now.change([&](Progress& progress) { progress.next_segment(p, s.start); });
+        pages = Pages(p, now->walk, 0);
     }
 }
 
@@ -571,6 +700,36 @@ __device__ __forceinline__ RowTile row_tile_of(const Params& p, int request, int
     const int first = (pass * p.row_groups + row_group) * ROWS;
     const Range queries = queries_of(p, request);
     return {first, max(0, min(ROWS, queries.count * p.heads - first)), queries.begin, queries.count};
+}
+
+// Query rows to shared memory: chunk j, row n at n * 128 bytes, 16-byte pieces swizzled by the row. Eight threads take
+// a row, a piece of every chunk each.
+__device__ __forceinline__ void copy_queries(const Params& p, Shared& s, int request, const RowTile& rows) {
+    const int piece = threadIdx.x % 8;
+#pragma unroll 1
+    for (int n = threadIdx.x / 8; n < ROWS; n += WARPGROUP / 8) {
+        const int row = rows.first + n, token = p.by_heads(row), head = row - token * p.heads;
+        const int place = rows.first_token + token;
+        const u16* latent = p.q_latent + offset(request, p.q_strides[0]) + offset(place, p.q_strides[1]) +
+                            offset(head, p.q_strides[2]) + piece * 8;
+        const u16* rope = p.q_rope + offset(request, p.q_rope_strides[0]) + offset(place, p.q_rope_strides[1]) +
+                          offset(head, p.q_rope_strides[2]) + piece * 8;
+        const u32 target = n * 128 + ((piece ^ (n & 7)) << 4);
+        const bool exists = n < rows.count;
+        if (p.q_vector_loads) {
+#pragma unroll
+            for (int j = 0; j < TILE_CHUNKS; ++j)
+                copy_16_bytes(shared_address(s.q[j]) + target,
+                              j < ROPE_CHUNKS ? rope + j * CHUNK_DIMS : latent + (j - ROPE_CHUNKS) * CHUNK_DIMS, exists);
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < TILE_CHUNKS * 8; ++i) {
+                const int j = i / 8;
+                const u16* source = j < ROPE_CHUNKS ? rope + j * CHUNK_DIMS : latent + (j - ROPE_CHUNKS) * CHUNK_DIMS;
+                reinterpret_cast<u16*>(s.q[j] + target)[i % 8] = exists ? source[i % 8] : u16(0);
+            }
+        }
+    }
 }
 
 // One warpgroup's view of the pipeline.
@@ -826,27 +985,32 @@ struct Consumer {
         if (lane == 0 || (warp == 0 && lane < 4)) mbarrier_arrive(shared_address(&s.p_full[warpgroup]));
     }
 
-    // All key tiles of a segment; tile indices count from its start.
-    __device__ __forceinline__ void run_tiles(const Walk& walk, const RowTile& rows) {
-        const int tiles = walk.key_tiles();
-        const int tail = walk.ends() ? walk.seqlen - (walk.unit_tiles - 1) * TILE_KEYS : TILE_KEYS;  // keys of the last
+    // All key tiles of a segment; tile indices count from its start. `rows`: those of the segment, when asked.
+    template <typename Rows>
+    __device__ __forceinline__ void run_tiles(const WarpProgress& now, const Rows& rows) {
+        const auto tiles = derived([&] { return now->walk.key_tiles(); });
+        const auto keys_of_last = derived([&] {
+            return now->walk.ends() ? now->walk.seqlen - (now->walk.unit_tiles - 1) * TILE_KEYS : TILE_KEYS;
+        });
         // The first row sees the fewest keys.
-        const int seen_by_all =
-            p.causal ? min(walk.seqlen, walk.seqlen - rows.queries + 1 + p.by_heads(rows.first)) : walk.seqlen;
+        const auto seen_by_all = derived([&] {
+            const int seqlen = now->walk.seqlen;
+            return p.causal ? min(seqlen, seqlen - rows().queries + 1 + p.by_heads(rows().first)) : seqlen;
+        });
         if (warpgroup == 0) multiply_scores(here, 0, SPLIT_CHUNKS);
 #pragma unroll 1
-        for (int i = 0; i < tiles; ++i) {
+        for (int i = 0; i < tiles(); ++i) {
             if ((i & 1) == warpgroup) {
                 multiply_scores(here, SPLIT_CHUNKS, TILE_CHUNKS);
 #pragma unroll
                 for (int j = 0; j < ROPE_CHUNKS; ++j) release(here.ahead(j));
-                publish_weights(i, (walk.tile_begin + i) * TILE_KEYS, walk.seqlen, seen_by_all, rows);
-            } else if (i + 1 < tiles) {
+                publish_weights(i, (now->walk.tile_begin + i) * TILE_KEYS, now->walk.seqlen, seen_by_all(), rows());
+            } else if (i + 1 < tiles()) {
                 // Runs while the other warpgroup takes the softmax of tile i.
                 multiply_scores(here.ahead(TILE_CHUNKS), 0, SPLIT_CHUNKS);
             }
             wait_weights(i);
-            if (i == tiles - 1 && tail < TILE_KEYS) zero_values_past(tail);
+            if (i == tiles() - 1 && keys_of_last() < TILE_KEYS) zero_values_past(keys_of_last());
             multiply_output(i);
             here = here.ahead(TILE_CHUNKS);
         }
@@ -860,52 +1024,24 @@ struct Consumer {
 #pragma unroll
             for (int i = 0; i < ROWS / 2; ++i) o[b][i] = 0.0f;
     }
-
-    // Query rows to shared memory: chunk j, row n at n * 128 bytes, 16-byte pieces swizzled by the row. Eight threads take
-    // a row, a piece of every chunk each.
-    __device__ __forceinline__ void load_queries(int request, const RowTile& rows) {
-        const int piece = threadIdx.x % 8;
-#pragma unroll 1
-        for (int n = threadIdx.x / 8; n < ROWS; n += WARPGROUP / 8) {
-            const int row = rows.first + n, token = p.by_heads(row), head = row - token * p.heads;
-            const i64 place = rows.first_token + token;
-            const u16* latent = p.q_latent + request * p.q_strides[0] + place * p.q_strides[1] + head * p.q_strides[2] + piece * 8;
-            const u16* rope = p.q_rope + request * p.q_rope_strides[0] + place * p.q_rope_strides[1] +
-                              head * p.q_rope_strides[2] + piece * 8;
-            const u32 target = n * 128 + ((piece ^ (n & 7)) << 4);
-            const bool exists = n < rows.count;
-            if (p.q_vector_loads) {
-#pragma unroll
-                for (int j = 0; j < TILE_CHUNKS; ++j)
-                    copy_16_bytes(shared_address(s.q[j]) + target,
-                                  j < ROPE_CHUNKS ? rope + j * CHUNK_DIMS : latent + (j - ROPE_CHUNKS) * CHUNK_DIMS, exists);
-            } else {
-#pragma unroll 1
-                for (int i = 0; i < TILE_CHUNKS * 8; ++i) {
-                    const int j = i / 8;
-                    const u16* source = j < ROPE_CHUNKS ? rope + j * CHUNK_DIMS : latent + (j - ROPE_CHUNKS) * CHUNK_DIMS;
-                    reinterpret_cast<u16*>(s.q[j] + target)[i % 8] = exists ? source[i % 8] : u16(0);
-                }
-            }
-        }
-        copy_wait_all();
-        fence_async_proxy();
-    }
 };
 
-// Writes one column group of 16 dims: values as wgmma holds them, times `scale` of each of the two columns.
-__device__ __forceinline__ void store_outputs(const Params& p, int request, const RowTile& rows, int group, int first_dim,
-                                              const float* v, float scale_even, float scale_odd) {
-    const int lane = threadIdx.x % 32;
+// The part of row n of a row tile that is this thread's to write, from the first dim on; null for a row that does not exist.
+__device__ __forceinline__ u16* output_row(const Params& p, int request, const RowTile& rows, int n) {
+    const int row = rows.first + n, token = p.by_heads(row), head = row - token * p.heads;
+    u16* const target = p.out + offset(request, p.out_strides[0]) + offset(rows.first_token + token, p.out_strides[1]) +
+                        offset(head, p.out_strides[2]) + threadIdx.x % 4 * 2;
+    return n < rows.count ? target : nullptr;
+}
+
+// Writes one column group of 16 dims: values as wgmma holds them, times `scale` of each of the two columns. Of `row` this
+// thread writes what its quarter of the warp does: row lane / 4 of the group.
+__device__ __forceinline__ void store_outputs(u16* row, int first_dim, const float* v, float scale_even, float scale_odd) {
     const u32 low = transpose(pack<IS_BF16>(v[0] * scale_even, v[1] * scale_odd));
     const u32 high = transpose(pack<IS_BF16>(v[2] * scale_even, v[3] * scale_odd));
-    const int n = group * 8 + lane / 4;
-    const int row = rows.first + n, token = p.by_heads(row), head = row - token * p.heads;
-    u16* target = p.out + request * p.out_strides[0] + (rows.first_token + token) * p.out_strides[1] +
-                  head * p.out_strides[2] + first_dim + lane % 4 * 2;
-    if (n < rows.count) {
-        *reinterpret_cast<u32*>(target) = low;
-        *reinterpret_cast<u32*>(target + 8) = high;
+    if (row) {
+        *reinterpret_cast<u32*>(row + first_dim) = low;
+        *reinterpret_cast<u32*>(row + first_dim + 8) = high;
     }
 }
 
@@ -913,7 +1049,8 @@ __device__ __forceinline__ void store_lse(const Params& p, int request, const Ro
                                           float sum) {
     if (n < rows.count && p.lse) {
         const int row = rows.first + n, token = p.by_heads(row), head = row - token * p.heads;
-        p.lse[request * p.lse_strides[0] + head * p.lse_strides[1] + (rows.first_token + token) * p.lse_strides[2]] =
+        p.lse[offset(request, p.lse_strides[0]) + offset(head, p.lse_strides[1]) +
+              offset(rows.first_token + token, p.lse_strides[2])] =
             sum > 0.0f ? (reference + log2_approx(sum)) * p.lse_factor : sum == 0.0f ? p.lse_no_key : sum;
     }
 }
@@ -932,7 +1069,7 @@ __device__ __forceinline__ float column_sum(const ColumnSums& sums, int column) 
     return sum;
 }
 
-__device__ __forceinline__ float inverse(float sum) { return sum == 0.0f ? 0.0f : __fdividef(1.0f, sum); }
+__device__ __forceinline__ float inverse(float sum) { return sum == 0.0f ? 0.0f : reciprocal_approx(sum); }
 
 // Ends a segment: O^T goes out as a partial result, or as the result once the sums of all warps have come together.
 __device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, const RowTile& rows, int lane, int row_group,
@@ -972,10 +1109,10 @@ __device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, co
 #pragma unroll
         for (int g = 0; g < COLUMN_GROUPS; ++g) {
             const float even = inverse(column_sum(sums, c.column(g, 0))), odd = inverse(column_sum(sums, c.column(g, 1)));
+            u16* const row = output_row(p, walk.request, rows, g * 8 + c.lane / 4);
 #pragma unroll
             for (int b = 0; b < OWN_BLOCKS; ++b)
-                store_outputs(p, walk.request, rows, g, c.own_block(b) * CHUNK_DIMS + c.warp * 16,
-                              &c.o[b][g * 4], even, odd);
+                store_outputs(row, c.own_block(b) * CHUNK_DIMS + c.warp * 16, &c.o[b][g * 4], even, odd);
         }
         if (threadIdx.x < ROWS)
             store_lse(p, walk.request, rows, threadIdx.x, s.statistics.reference[threadIdx.x], column_sum(sums, threadIdx.x));
@@ -1053,7 +1190,7 @@ struct Partials {
 };
 
 // Adds the partial results of members [from, to) of a unit for one piece, in their order.
-__device__ __forceinline__ void merge_members(const Params& p, const SharedUnit& unit, int row_group, int piece, int from,
+__device__ __forceinline__ void merge_members(const Params& p, const SharedUnit& unit, int row_group, u32 piece, int from,
                                               int to, Merged& m) {
     constexpr int BATCH = 17;  // in flight together: what a warp adds up when 132 lanes share a unit
     const int lane = threadIdx.x % 32, group = piece / GROUP_PIECES;
@@ -1082,10 +1219,10 @@ __device__ __forceinline__ void merge_part(const Params& p, Shared& s, const Sha
     const int from = members * helper >> share_log2, to = members * (helper + 1) >> share_log2;
 #pragma unroll 1
     for (int first = member; first < pieces; first += (CONSUMER_WARPS >> share_log2) * members) {
-        const int piece = first + (warp >> share_log2) * members;
+        const u32 piece = first + (warp >> share_log2) * members;
         const int group = piece / GROUP_PIECES, block = piece / 4 % LATENT_CHUNKS, row_warp = piece % 4;
         Merged m = {{0, 0, 0, 0}, {NEG_INF, NEG_INF}, {0, 0}};
-        if (piece < pieces) merge_members(p, unit, row_group, piece, from, to, m);
+        if (int(piece) < pieces) merge_members(p, unit, row_group, piece, from, to, m);
         if (helpers > 1) {
             // The ring is idle: a slot carries the helpers' shares.
             static_assert(sizeof(Merged[CONSUMER_WARPS][32]) <= CHUNK_BYTES, "one slot holds them");
@@ -1107,9 +1244,9 @@ __device__ __forceinline__ void merge_part(const Params& p, Shared& s, const Sha
                     }
                 }
         }
-        if (helper == 0 && piece < pieces) {
-            store_outputs(p, unit.request, rows, group, block * CHUNK_DIMS + row_warp * 16, m.v, inverse(m.sum[0]),
-                          inverse(m.sum[1]));
+        if (helper == 0 && int(piece) < pieces) {
+            store_outputs(output_row(p, unit.request, rows, group * 8 + lane / 4), block * CHUNK_DIMS + row_warp * 16, m.v,
+                          inverse(m.sum[0]), inverse(m.sum[1]));
             if (block == 0 && row_warp == 0 && lane < 4)
                 for (int e = 0; e < 2; ++e)
                     store_lse(p, unit.request, rows, group * 8 + lane * 2 + e, m.reference[e], m.sum[e]);
@@ -1170,39 +1307,40 @@ __device__ __forceinline__ SharedUnit shared_unit(const Params& p, const Start& 
     return {walk.request, walk.pass, first, division.lane_of(walk.unit_begin + walk.unit_tiles - 1) - first + 1};
 }
 
-__device__ __forceinline__ void coordinate(const Params& p, Shared& s, Walk walk, int lane, int row_group) {
+__device__ __forceinline__ void coordinate(const Params& p, Shared& s, const Progress& start_of_lane) {
+    WarpProgress now(s, start_of_lane);
     const int l = threadIdx.x % 32;
     const ColumnSums& sums = reinterpret_cast<const ColumnSums&>(s.q);
     int units = 0;
-    u32 phase = 0;
-    for (bool first = true; walk.active(); walk.next(p, s.start), first = false, phase ^= 1) {
-        if (!first) mbarrier_arrive(shared_address(&s.q_empty));
+    while (now->walk.active()) {
+        if (!now->first) mbarrier_arrive(shared_address(&s.q_empty));
         SharedUnit unit;
-        if (!walk.whole()) {
-            unit = shared_unit(p, s.start, walk, lane);
+        if (!now->walk.whole()) {
+            unit = shared_unit(p, s.start, now->walk, now->lane);
             if (l == 0) s.shared_units[units] = unit;
         }
-        mbarrier_wait(shared_address(&s.sums_full), phase);
-        if (!walk.whole()) {
-            const int slot = partial_slot(p, lane, walk.starts(), row_group);
+        mbarrier_wait(shared_address(&s.sums_full), now->phase);
+        if (!now->walk.whole()) {
+            const int slot = partial_slot(p, now->lane, now->walk.starts(), now->row_group);
             for (int n = l; n < ROWS; n += 32)
                 p.partial_stats[slot * ROWS + n] = make_float2(s.statistics.reference[n], column_sum(sums, n));
             __syncwarp();
             // The barrier and the warp ordered everyone's partial results before this arrival.
-            if (l == 0) add_release(counter_of(p, unit.first_lane, row_group), 1);
+            if (l == 0) add_release(counter_of(p, unit.first_lane, now->row_group), 1);
             __syncwarp();
             ++units;
         }
+        now.change([&](Progress& progress) { progress.next_segment(p, s.start); });
     }
     if (l > 0) return;
     for (int i = 0; i < units; ++i) {
         const SharedUnit unit = s.shared_units[i];
-        u32* arrivals = counter_of(p, unit.first_lane, row_group);
+        u32* arrivals = counter_of(p, unit.first_lane, now->row_group);
         const i64 begin = clock64();
         u32 seen = load_acquire(arrivals);
         while (!all_arrived(seen, unit)) {
             if (clock64() - begin > p.patience) {
-                *gave_up_word(p, unit, lane - unit.first_lane, row_group) = 1;
+                *gave_up_word(p, unit, now->lane - unit.first_lane, now->row_group) = 1;
                 seen = atomic_add_acq_rel(arrivals, GAVE_UP);
                 break;
             }
@@ -1214,33 +1352,42 @@ __device__ __forceinline__ void coordinate(const Params& p, Shared& s, Walk walk
     for (int i = 0; i < units; ++i) {
         const SharedUnit unit = s.shared_units[i];
         // With parts to take over, whoever merges them departs when they are done.
-        if (!all_arrived(s.arrivals[i], unit) || s.arrivals[i] < GAVE_UP) depart(p, unit, row_group);
+        if (!all_arrived(s.arrivals[i], unit) || s.arrivals[i] < GAVE_UP) depart(p, unit, now->row_group);
     }
 }
 
-__device__ __forceinline__ void consume(const Params& p, Shared& s, Walk walk, int lane, int row_group) {
+__device__ __forceinline__ void consume(const Params& p, Shared& s, const Progress& start_of_lane) {
+    WarpProgress now(s, start_of_lane);
     Consumer c(p, s);
-    // A lane shares at most two units: the one it starts in the middle of and the one it does not finish.
-    int shared_units = 0;
-    u32 phase = 0;
-    for (bool first = true; walk.active(); walk.next(p, s.start), first = false, phase ^= 1) {
-        const RowTile rows = row_tile_of(p, walk.request, walk.pass, row_group);
-        if (!first) mbarrier_arrive(shared_address(&s.q_empty));
+    while (now->walk.active()) {
+        const auto rows = derived([&] { return row_tile_of(p, now->walk.request, now->walk.pass, now->row_group); });
+        if (!now->first) {
+            const u32 q_empty = shared_address_within(&s, &s.q_empty);
+            mbarrier_arrive(q_empty);
+            if (c.warpgroup == 0) mbarrier_wait(q_empty, now->phase ^ 1);
+        }
         if (c.warpgroup == 0) {
-            if (!first) mbarrier_wait(shared_address(&s.q_empty), phase ^ 1);
-            c.load_queries(walk.request, rows);
+            if (!now->first || !s.start.even) {
+                copy_wait_all();  // others may be on their way to the same place
+                copy_queries(p, s, now->walk.request, rows());
+            }
+            copy_wait_all();
+            fence_async_proxy();
         }
         c.clear();
         named_barrier<CONSUMER_BARRIER, CONSUMERS>();
-        if (walk.key_tiles() > 0) c.run_tiles(walk, rows);
+        if (now->walk.key_tiles() > 0) c.run_tiles(now, rows);
         trace(p, TRACE_LAST_TILE);
-        finish_segment(c, walk, rows, lane, row_group, phase);
-        shared_units += !walk.whole();
+        finish_segment(c, now->walk, rows(), now->lane, now->row_group, now->phase);
+        now.change([&](Progress& progress) {
+            progress.shared_units += !progress.walk.whole();
+            progress.next_segment(p, s.start);
+        });
     }
-    if (shared_units == 0) return;
-    mbarrier_wait(shared_address(&s.sums_full), phase ^ 1);  // nobody multiplies any more
+    if (now->shared_units == 0) return;
+    mbarrier_wait(shared_address(&s.sums_full), now->phase ^ 1);  // nobody multiplies any more
 #pragma unroll 1
-    for (int i = 0; i < shared_units; ++i) merge_unit(p, s, i, lane, row_group);
+    for (int i = 0; i < now->shared_units; ++i) merge_unit(p, s, i, now->lane, now->row_group);
 }
 
 // Grid: lanes * row_groups CTAs; CTA = lane * row_groups + row group. Dynamic shared memory: sizeof(Shared).
@@ -1252,22 +1399,46 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
 
     trace(p, TRACE_START);
     let_dependents_start();
-    if (warp == COORDINATOR_WARP) prefetch_inputs(p, lane, row_group);
-    init_barriers(p, s, warp);
-    wait_for_predecessor();
-    const Start start = find_start(p, lane);
-    const Walk walk(p, start, lane);  // here, so that all roles fetch the same instructions
-    if (threadIdx.x == COORDINATOR_WARP * 32) s.start = start;  // out of the way of the accumulators
-    __syncthreads();                                            // and the barriers are initialised
+    Walk walk;
+    Pages pages;
+    if (warp >= CONSUMER_WARPS) {
+        wait_for_predecessor();
+        Start start;
+        walk = find_walk(p, lane, start);
+        if (threadIdx.x == COORDINATOR_WARP * 32) {
+            s.start = start;
+            s.walk = walk;
+        }
+        pages = Pages(p, walk, 0);
+    } else {
+        if (warp == CONSUMER_WARPS - 1) prefetch_inputs(p, lane, row_group);
+        wait_for_predecessor();
+        if (warp < WARPGROUP / 32) {
+            // The queries of an even division, ahead of the keys: behind those they would arrive last.
+            const EvenStart even(p, lane);
+            if (even.request < p.batch) copy_queries(p, s, even.request, row_tile_of(p, even.request, even.pass, row_group));
+        }
+        init_barriers(p, s, warp);
+    }
+    __syncthreads();
+    int begun = 0;
+    if (warp < CONSUMER_WARPS)
+        walk = s.walk;
+    else if (warp < COORDINATOR_WARP)
+        begun = produce_first_tile(p, s, walk, warp - CONSUMER_WARPS, pages.page);
+    auto start_of_lane = [&] {
+        walk.make_uniform();
+        return Progress{walk, lane, row_group, true, 0, 0};
+    };
     if (warp >= CONSUMER_WARPS) {
         registers_give_up<PRODUCER_REGISTERS>();
         if (warp < COORDINATOR_WARP)
-            produce(p, s, walk);
+            produce(p, s, start_of_lane(), pages, begun);
         else
-            coordinate(p, s, walk, lane, row_group);
+            coordinate(p, s, start_of_lane());
     } else {
         registers_take<CONSUMER_REGISTERS>();
-        consume(p, s, walk, lane, row_group);
+        consume(p, s, start_of_lane());
         trace(p, TRACE_END);
     }
 }

@@ -337,8 +337,10 @@ def make_params(problem: Problem, grid: Grid) -> Params:
 
 
 def divider(divisor: int) -> int:
-    """The kernel's `Divider`: the number whose product with n, over 2**64, is n // divisor for n below 2**32."""
-    return 0 if divisor == 1 else (1 << 64) // divisor + 1
+    """The kernel's `Divider`, multiplier in the low half, shift in the high: exact for n from 0 to 2**31 - 1."""
+    shift = (divisor - 1).bit_length()
+    multiplier = -(-(1 << (31 + shift)) // divisor)
+    return shift << 32 | multiplier
 
 
 class Launch:

@@ -40,4 +40,11 @@ __device__ __forceinline__ float log2_approx(float x) {
     return y;
 }
 
+// Of a number that is neither subnormal nor above 2^126, whose reciprocal would be.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 }  // namespace hopper

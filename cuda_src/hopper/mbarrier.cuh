@@ -10,6 +10,13 @@ __device__ __forceinline__ u32 shared_address(const void* p) {
     return static_cast<u32>(__cvta_generic_to_shared(p));
 }
 
+// Of something that lies within `base`, worked out anew: the compiler does not keep the sum in a register.
+__device__ __forceinline__ u32 shared_address_within(const void* base, const void* p) {
+    u32 address = shared_address(base);
+    asm volatile("" : "+r"(address));
+    return address + u32(static_cast<const char*>(p) - static_cast<const char*>(base));
+}
+
 __device__ __forceinline__ void mbarrier_init(u32 barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }

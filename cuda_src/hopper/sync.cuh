@@ -37,6 +37,13 @@ __device__ __forceinline__ int uniform(int value) {
     return static_cast<int>(__reduce_min_sync(~0u, static_cast<unsigned>(value)));
 }
 
+// The thread's number within its CTA, read anew: the compiler neither keeps it in a register nor what follows from it.
+__device__ __forceinline__ u32 thread_again() {
+    u32 thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
 // Moves registers between warpgroups (PTX manual, "setmaxnreg"); every warp of the warpgroup, once.
 template <int COUNT>
 __device__ __forceinline__ void registers_give_up() {

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import etap_rt
@@ -477,8 +477,12 @@ def test_a_plan_refuses_queries_that_begin_within_an_element(notes: DecodeNotes)
     assert not notes.launches
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 2**31 - 1))
+@given(st.integers(0, 2**31 - 1), st.integers(1, 2**31 - 1))
+@example(2**31 - 1, 1)
+@example(2**31 - 1, 2**30 + 1)
+@example(2**31 - 1, 2**31 - 1)
+@example(2**31 - 2, 2**31 - 1)
 def test_dividers_divide(n: int, divisor: int) -> None:
-    magic = divider(divisor)
-    assert magic < 2**64
-    assert (n * magic >> 64 if magic else n) == n // divisor
+    shift, multiplier = divmod(divider(divisor), 2**32)
+    assert shift < 32
+    assert (2 * n * multiplier >> 32) >> shift == n // divisor
