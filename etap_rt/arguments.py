@@ -299,10 +299,10 @@ def _with_outputs(signature: Any, out: Array | None, lse: Array | None) -> Any:
     return signature, None if out is None else out.layout, None if lse is None else lse.layout
 
 
-def check_queries(call: Call, q: Any) -> tuple[tuple[Array, ...], int, int]:
+def check_queries(call: Call, q: Any, outputs: Sequence[Array]) -> tuple[tuple[Array, ...], int, int]:
     """Other queries for a validated call: their arrays, and the addresses of the latent and the rope part.
 
-    Raises ArgumentError when they are not laid out as the call's.
+    Raises ArgumentError when they are not laid out as the call's, or share memory with one of `outputs`.
     """
     arrays = _describe_parts(q, "q")
     if len(arrays) != len(call.q):
@@ -314,6 +314,9 @@ def check_queries(call: Call, q: Any) -> tuple[tuple[Array, ...], int, int]:
     latent, rope = arrays[0].pointer, arrays[-1].pointer
     if (latent | rope) % ELEMENT_BYTES:
         _refuse_alignment(call._replace(q=arrays))
+    for array, name in zip(arrays, _part_names("q", arrays)):
+        if any(overlap(output, array) for output in outputs):
+            raise ArgumentError(name, "memory of an output", "memory apart from those of the plan")
     return arrays, latent, rope if call.problem.split_q else rope + call.problem.latent_dim * ELEMENT_BYTES
 
 

@@ -12,6 +12,7 @@ from etap_rt import arguments, compiler, driver, interop, reference
 from etap_rt.arguments import ELEMENT_BYTES, NATURAL, Call, LseForm, Problem, Recognised
 from etap_rt.interop import Array, Layout
 from etap_rt.kernels import decode_spec
+from etap_rt.overlap import reach, span
 from etap_rt.scalars import check_flag
 from etap_rt.schedule import TILE_KEYS, Grid, plan_grid
 from etap_rt.workspace import Workspace, workspace_for
@@ -130,7 +131,7 @@ class DecodePlan:
     `out` and `lse` are the arrays that it writes; `lse` is None when it was neither given nor asked for.
     """
 
-    __slots__ = ("_call", "_causal", "_launch", "_look", "_softmax_scale", "lse", "out")
+    __slots__ = ("_call", "_causal", "_launch", "_look", "_outputs", "_reach", "_softmax_scale", "lse", "out")
 
     def __init__(self, call: Call, out: Any, lse: Any, softmax_scale: float, causal: bool) -> None:
         self._call = call
@@ -138,20 +139,28 @@ class DecodePlan:
         self._causal = causal
         self._look = None if call.problem.split_q else interop.tensor_look(call.q[0])
         self._launch: Launch | None = None  # the plan's own: the parameter holds all but q and the workspace
+        self._reach = reach(call.q[0].layout)  # of packed queries
+        outputs = [interop.describe(array, name) for name, array in (("out", out), ("lse", lse)) if array is not None]
+        self._outputs = [(*span(array), array) for array in outputs]
         self.out = out
         self.lse = lse
 
     def run(self, q: Any) -> Any:
         """Decode queries `q`, laid out as the plan's were (shape, strides, dtype, device); returns `out`.
 
-        The work is ordered on the current stream of q's library. Raises ArgumentError when q is laid out otherwise.
+        The work is ordered on the current stream of q's library. Raises ArgumentError when q is laid out otherwise, or
+        shares memory with `out` or `lse`.
         """
         call = self._call
         problem = call.problem
         latent = interop.tensor_address(q, self._look)
         rope = latent + problem.latent_dim * ELEMENT_BYTES
+        first, past = self._reach
+        for begin, end, _ in self._outputs:
+            if latent + first < end and begin < latent + past:
+                latent = 0  # perhaps between the rows of an output: a closer look
         if latent == 0 or latent % ELEMENT_BYTES:  # not packed in a tensor on the GPU, or not as planned
-            arrays, latent, rope = arguments.check_queries(call, q)
+            arrays, latent, rope = arguments.check_queries(call, q, [output for *_, output in self._outputs])
             if problem.device_type == "cpu" or problem.total_q == 0:
                 call = call._replace(q=arrays, q_latent=latent, q_rope=rope)
                 run(call, self.out, self.lse, self._softmax_scale, self._causal)

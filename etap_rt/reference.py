@@ -25,6 +25,9 @@ Floats: TypeAlias = NDArray[Any]  # of the element type or float32, as the names
 SM_COUNT = 132  # of an H200; the CPU backend divides the work as that GPU would
 # log2 of how far a score may exceed the reference value before that is moved, see mla_decode.cu
 MAX_GROWTH = {"bfloat16": np.float32(8), "float16": np.float32(0)}
+# For a bfloat16 result partial results are kept in float16, times a power of two of each warp that brings its largest
+# element between 2**14 and 2**15.
+PARTIAL_TOP = 14
 
 # ---- float64 ----
 
@@ -136,7 +139,10 @@ def decode_tiled(call: Call, softmax_scale: float, causal: bool, sm_count: int =
             known.append(_compute_segment(call, unit, segment, grid.rows, scale_log2, causal))
             if len(known) <= segment.last_lane - segment.first_lane:
                 continue  # lanes that come later share the unit
-            out_rows, lse_rows = _merge(partials.pop(segment.request), call.lse_form)
+            if len(known) > 1 and problem.element == "bfloat16":
+                known = [replace(partial, o=_in_float16(partial.o)) for partial in known]
+            out_rows, lse_rows = _merge(known, call.lse_form)
+            del partials[segment.request]
             token, head = unit.tokens_and_heads(problem.heads)
             out[_place(problem, unit, token, head)] = out_rows[: len(unit.rows)]
             if lse is not None:
@@ -199,6 +205,16 @@ def _compute_segment(
         total += p.sum(axis=-1, keepdims=True)
         o += p.astype(element).astype(np.float32) @ tile[:, : problem.latent_dim]
     return _Partial(o, top, total)
+
+
+def _in_float16(o: Floats) -> Floats:
+    """What float16 leaves of partial results (row tiles, rows, latent_dim): each warp has a power of two of its own."""
+    # Of the blocks of 64 dims each of two warpgroups has every second, each of its four warps 16 dims of them.
+    of_warps = o.reshape(*o.shape[:2], -1, 2, 4, 16)
+    top = np.fmax.reduce(np.abs(of_warps), axis=(1, 2, 5), keepdims=True, initial=0)
+    exponent = np.where(np.isinf(top), 0, np.minimum(PARTIAL_TOP + 1 - np.frexp(top)[1], 126))
+    kept = np.ldexp(of_warps, exponent).astype(np.float16)
+    return np.ldexp(kept.astype(np.float32), -exponent).reshape(o.shape)
 
 
 def _merge(partials: list[_Partial], lse_form: LseForm) -> tuple[Floats, Floats]:

@@ -19,6 +19,7 @@ FLOAT_BYTES = 4
 COUNTER_BYTES = 4 * 4  # of a CTA, see mla_decode.cu
 SEGMENTS = 2  # a lane leaves at most two partial results: of the unit it starts in, of the unit it does not finish
 LATENT_DIM = 512  # the larger of the two that are supported
+WARPS = 8  # that compute, each with a scale for its part of a partial result
 SMALL_ROWS = 16  # streams that only ever see small row tiles need a quarter of the memory
 ALIGNMENT = 256
 
@@ -72,5 +73,5 @@ def workspace_for(like: Layout, owner: Any, rows: int, stream: int, capture: int
 def _sizes(device: int, rows: int) -> tuple[int, int]:
     """Bytes of the statistics, which come first, and of all."""
     slots = driver.sm_count(device) * SEGMENTS
-    stats = -(-slots * rows * 2 * FLOAT_BYTES // ALIGNMENT) * ALIGNMENT
+    stats = -(-slots * (rows * 2 + WARPS) * FLOAT_BYTES // ALIGNMENT) * ALIGNMENT
     return stats, stats + slots * rows * LATENT_DIM * FLOAT_BYTES

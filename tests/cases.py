@@ -56,6 +56,7 @@ class Case:
     cache_heads_dim: bool = False  # kv_cache has four dims
     scale: float = DEEPSEEK_SCALE
     uneven: bool = False  # scores rise and fall from tile to tile, see UNEVEN_LEVELS
+    magnitude: float = 1.0  # of the cache's values; the queries are as much smaller
     accurate: bool = False
 
     def __str__(self) -> str:
@@ -75,6 +76,8 @@ CASES = (
     Case("long-24-rows", lengths=LONG, heads=12, s_q=2, uneven=True, latent_dim=256),
     Case("long-32-rows", lengths=LONG, heads=32, uneven=True, dtype="float16", latent_dim=256),
     Case("long-64-rows", lengths=LONG, heads=60, uneven=True, page_size=256),
+    Case("long-large-values", lengths=LONG, heads=60, uneven=True, magnitude=2.0**100),
+    Case("long-small-values", lengths=LONG, uneven=True, magnitude=2.0**-80),
     Case("one-request", lengths=(9001,)),
     Case("one-request-2-queries", lengths=(9001,), s_q=2),
     Case("one-request-128-heads", lengths=(4500,), heads=128),
@@ -211,6 +214,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     q = rng.standard_normal((*tokens, case.heads, sum(dims)), np.float32).astype(dtype)
     if case.uneven:
         q[..., -1] = 1 - 2 * (np.arange(case.heads) % 2)
+    q = (q.astype(np.float32) / case.magnitude).astype(dtype)
     q_views = tuple(_place_q(part, case.strided) for part in _parts(q, case.split_q, dims))
 
     table, num_pages = _shuffled_table(case, rng)
@@ -222,7 +226,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
             if case.uneven:
                 tile = np.arange(first, first + tokens) // 64
                 values[:, -1] = np.take(UNEVEN_LEVELS, tile, mode="wrap") * math.log(2) / case.scale
-            cache[table[request, first // case.page_size], :tokens] = values.astype(dtype)
+            cache[table[request, first // case.page_size], :tokens] = (values * case.magnitude).astype(dtype)
     if case.cache_heads_dim:
         cache = cache[:, :, None, :]
     cache_views = tuple(_place_cache(part, case.strided) for part in _parts(cache, case.split_cache, dims))

@@ -16,6 +16,29 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     return packed;
 }
 
+// Four floats times `scale`, in fp16 or as they are, and back.
+__device__ __forceinline__ void pack_four(uint2& packed, const float* v, float scale) {
+    packed = make_uint2(pack<false>(v[0] * scale, v[1] * scale), pack<false>(v[2] * scale, v[3] * scale));
+}
+__device__ __forceinline__ void pack_four(float4& packed, const float* v, float scale) {
+    packed = make_float4(v[0] * scale, v[1] * scale, v[2] * scale, v[3] * scale);
+}
+__device__ __forceinline__ float2 unpack_half(u32 packed) {
+    float2 v;
+    asm("{\n.reg .b16 low, high;\n"
+        "mov.b32 {low, high}, %2;\n"
+        "cvt.f32.f16 %0, low;\n"
+        "cvt.f32.f16 %1, high;\n}\n"
+        : "=f"(v.x), "=f"(v.y)
+        : "r"(packed));
+    return v;
+}
+__device__ __forceinline__ float4 unpack_four(const uint2& packed) {
+    const float2 first = unpack_half(packed.x), second = unpack_half(packed.y);
+    return make_float4(first.x, first.y, second.x, second.y);
+}
+__device__ __forceinline__ float4 unpack_four(const float4& packed) { return packed; }
+
 // Stores two matrices transposed: lane l < 16 gives the address of the 16 bytes that hold column l % 8 of matrix l / 8.
 __device__ __forceinline__ void store_transposed_x2(u32 address, u32 first, u32 second) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(first), "r"(second)

@@ -105,4 +105,26 @@ __device__ __forceinline__ float4 load_shared_by_ctas(const float4* p, bool want
     return otherwise;
 }
 
+__device__ __forceinline__ uint2 load_shared_by_ctas(const uint2* p, bool wanted, uint2 otherwise) {
+    asm volatile(
+        "{\n.reg .pred wanted;\n"
+        "setp.ne.b32 wanted, %3, 0;\n"
+        "@wanted ld.global.cg.v2.u32 {%0, %1}, [%2];\n}\n"
+        : "+r"(otherwise.x), "+r"(otherwise.y)
+        : "l"(p), "r"(int(wanted))
+        : "memory");
+    return otherwise;
+}
+
+__device__ __forceinline__ float load_shared_by_ctas(const float* p, bool wanted, float otherwise) {
+    asm volatile(
+        "{\n.reg .pred wanted;\n"
+        "setp.ne.b32 wanted, %2, 0;\n"
+        "@wanted ld.global.cg.f32 %0, [%1];\n}\n"
+        : "+f"(otherwise)
+        : "l"(p), "r"(int(wanted))
+        : "memory");
+    return otherwise;
+}
+
 }  // namespace hopper

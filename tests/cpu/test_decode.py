@@ -13,7 +13,7 @@ import pytest
 import etap_rt
 from etap_rt import arguments
 from etap_rt.errors import ArgumentError
-from etap_rt.reference import decode_float64, decode_tiled
+from etap_rt.reference import _in_float16, decode_float64, decode_tiled
 from tests.cases import (
     CASES,
     DEEPSEEK_SCALE,
@@ -341,3 +341,22 @@ def test_page_lists_of_other_lengths_are_the_same_problem() -> None:
     second = arguments.check(**call)
     assert first.problem is second.problem
     assert second.page_count == first.page_count + 100
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 2.0**120, 2.0**-110], ids=["1", "2^120", "2^-110"])
+def test_partial_results_in_float16_are_off_by_half_an_ulp_at_most(magnitude: float) -> None:
+    rng = np.random.default_rng(0)
+    o = (rng.standard_normal((2, 3, 512)) * magnitude).astype(np.float32)
+    o[0, :, :64] *= np.float32(2.0**-14)  # of one warp: 2**14 below the others of the CTA
+    kept = _in_float16(o)
+    assert kept.dtype == np.float32
+    assert (np.abs(kept.astype(np.float64) - o) <= 2.0**-11 * np.abs(o)).all()
+    assert not np.array_equal(kept, o)
+
+
+def test_partial_results_in_float16_keep_what_is_not_finite_where_it_is() -> None:
+    o = np.ones((1, 8, 256), np.float32)
+    o[0, 1, 3], o[0, 2, 70], o[0, 3, 200] = np.nan, np.inf, -np.inf
+    with np.errstate(invalid="ignore"):
+        assert np.array_equal(_in_float16(o), o, equal_nan=True)
+    assert not _in_float16(np.zeros((1, 8, 256), np.float32)).any()

@@ -105,10 +105,14 @@ def good_report() -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("pytest_arguments", [[], ["tests"]], ids=["battery", "all tests"])
 def test_a_green_report_of_these_sources_is_believed(
-    report_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pytest_arguments: list[str],
+    report_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    report_path.write_text(json.dumps(good_report()))
+    report_path.write_text(json.dumps(good_report() | {"pytest_arguments": pytest_arguments}))
     assert run(monkeypatch, "--verify") == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first == "green: 9 passed on a GPU, today, 1 skipped"
@@ -118,7 +122,7 @@ def test_a_green_report_of_these_sources_is_believed(
 DOUBTS: dict[str, tuple[dict[str, Any], str]] = {
     "failures": ({"exit_status": 1, "failed": 2}, "the tests did not pass: 2 failed, 9 passed"),
     "nothing": ({"passed": 0}, "the tests did not pass: 0 failed, 0 passed"),
-    "some tests": ({"pytest_arguments": ["-k", "x"]}, "not all tests ran: pytest was given ['-k', 'x']"),
+    "some tests": ({"pytest_arguments": ["tests", "-k", "x"]}, "not all tests ran: pytest was given ['-k', 'x']"),
     "other sources": ({"sources_sha256": "0"}, "the sources have changed since"),
     "no sanitizer": (
         {"totals": {name: 1 for name in gpu_check.TOTALS if "sanitizer" not in name}},

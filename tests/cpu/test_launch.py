@@ -486,3 +486,25 @@ def test_dividers_divide(n: int, divisor: int) -> None:
     shift, multiplier = divmod(divider(divisor), 2**32)
     assert shift < 32
     assert (2 * n * multiplier >> 32) >> shift == n // divisor
+
+
+def test_a_plan_refuses_queries_in_the_memory_of_its_outputs(notes: DecodeNotes) -> None:
+    call = arguments()
+    wide = torch.zeros((*call["q"].shape[:-1], 576 + 512), dtype=torch.bfloat16)
+    queries, out = wide[..., :576], wide[..., 576:]
+    for convert in (on_gpu, dict):  # a tensor that is recognised, and arrays that are looked at
+        planned = convert(call | {"q": queries, "out": out})
+        plan = etap_rt.plan_decode(**planned)
+        inside = wide.as_strided(queries.shape, queries.stride(), 512)
+        with pytest.raises(etap_rt.ArgumentError, match="^q: got memory of an output, accepted is memory apart"):
+            plan.run(CudaTensor(inside) if convert is on_gpu else inside)
+    assert not notes.launches
+
+
+def test_a_plan_takes_queries_between_the_rows_of_its_outputs(notes: DecodeNotes) -> None:
+    call = arguments()
+    wide = torch.zeros((*call["q"].shape[:-1], 576 + 512), dtype=torch.bfloat16)
+    other = torch.zeros_like(wide)[..., :576]
+    plan = etap_rt.plan_decode(**on_gpu(call | {"q": other, "out": wide[..., 576:]}))
+    plan.run(CudaTensor(wide[..., :576]))
+    assert len(notes.launches) == 1

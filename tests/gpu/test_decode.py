@@ -23,6 +23,8 @@ from tests.cases import (
     CASES,
     DEEPSEEK_SCALE,
     FLOAT16_RATIO_ACCURATE,
+    LSE_ERROR,
+    LSE_RELATIVE_ERROR,
     MIXED,
     NUMPY_DTYPES,
     UNUSED_ENTRY,
@@ -278,6 +280,19 @@ def test_a_merge_whose_members_give_up_waiting_gives_the_same_bits(case: Case, m
                 other.add(2)
             assert_same_bits(run(call, case.latent_dim), expected, f"run {i}")
     assert_same_bits(run(call, case.latent_dim), expected, "a patient run after them")
+
+
+@pytest.mark.parametrize("case", DIVISIONS, ids=str)
+def test_a_head_that_is_nan_leaves_the_others_alone(case: Case) -> None:
+    call = on_gpu(case)
+    out, lse = run(call, case.latent_dim)
+    call["q"][:, :, 0] = torch.nan
+    other_out, other_lse = run(call, case.latent_dim)
+    # Not bit for bit: when O is rescaled depends on all rows of a tile.
+    difference = (other_out[:, :, 1:].double() - out[:, :, 1:].double()).norm()
+    assert difference <= BFLOAT16_ERROR * out[:, :, 1:].double().norm()
+    torch.testing.assert_close(other_lse[:, 1:], lse[:, 1:], atol=LSE_ERROR, rtol=LSE_RELATIVE_ERROR)
+    assert other_out[:, :, 0][lse[:, 0].isfinite()].isnan().all()
 
 
 def test_streams_do_not_get_into_each_others_way() -> None:
