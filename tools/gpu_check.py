@@ -7,7 +7,8 @@ The battery is the tests in tests/gpu, a minute of fuzzing and the sanitizers am
 fire; with the argument `tests` it is all tests, as `python -m pytest` runs them. CI has no GPU, so the report is
 committed; it says which sources it is about. `--verify` tells whether the committed report is green, of the whole
 battery, and about the sources as they are now. Works from source, nothing has to be installed but what the tests
-import. The exit status is pytest's, 1 if the report does not verify, 2 without a usable GPU.
+import. A run that is terminated leaves a report of what it did, which does not verify. The exit status is pytest's, 1
+if the report does not verify, 2 without a usable GPU.
 
 A test adds figures to the report through pytest's fixture `record_property`. Those in TOTALS are also added up over all
 tests, and a report without one of them is not one of the whole battery: what should have counted it was skipped.
@@ -21,6 +22,7 @@ import importlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -97,6 +99,8 @@ def main() -> int:
     except Exception as error:  # no driver, no GPU, no CuPy: each has an exception of its own
         print(f"no usable GPU: {error}", file=sys.stderr)
         return 2
+    # As Ctrl-C does: pytest ends, and what it found so far is written down.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     recorder = Recorder()
     start = time.monotonic()
     tests = () if ALL_TESTS in pytest_arguments else TESTS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,27 @@ def test_outcomes_and_figures_are_written_down(report_path: Path, monkeypatch: p
     assert figures["test_counts"] == {"fuzz_cases": 700, "worst": 0.25}
     assert figures["test_reports"] == {"sanitizer_reports": 2}, "also of a test that fails"
     assert report["totals"] == {"fuzz_cases": 700, "sanitizer_reports": 2, "processes_killed": 8}
+
+
+def test_a_run_that_is_terminated_leaves_its_report(report_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminated = """
+import os, signal
+
+def test_done(): pass
+def test_cut_off(): os.kill(os.getpid(), signal.SIGTERM)
+def test_never_begun(): pass
+"""
+    path = report_path.parent / "test_terminated.py"
+    path.write_text(terminated)
+    monkeypatch.setattr(gpu_check, "TESTS", (str(path), "-p", "no:cacheprovider"))
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        assert run(monkeypatch, "--output", str(report_path)) == pytest.ExitCode.INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    report = json.loads(report_path.read_text())
+    assert (report["passed"], report["exit_status"]) == (1, pytest.ExitCode.INTERRUPTED)
+    assert run(monkeypatch, "--verify") == 1
 
 
 def test_a_machine_without_a_gpu_has_a_status_of_its_own(
