@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import re
 import subprocess
@@ -11,9 +12,9 @@ from importlib import metadata
 
 import pytest
 
-from etap_rt import compiler
+from etap_rt import compiler, kv_memory, states
 from etap_rt.compiler import Compiled, build_report, compile_spec, compile_specs
-from etap_rt.decode import THREADS
+from etap_rt.decode import THREADS, Params
 from etap_rt.errors import CompileError
 from etap_rt.kernels import DIMS, ELEMENT_TYPES, KernelSpec, all_specs, decode_spec
 from etap_rt.schedule import ROW_TILES
@@ -24,6 +25,14 @@ DECODE_SPECS = [spec for spec in all_specs() if spec.entry == "mla_decode"]
 # Instructions of the tensor cores. Those whose result is the register RZ compute nothing: ptxas waits with them.
 HGMMA = re.compile(r"HGMMA\.(\d+x\d+x\d+)\.(\S+) R\d")
 LOCAL_MEMORY = re.compile(r"\b(?:LDL|STL)\b.*")
+PARAMETER_BYTES = re.compile(r"EIATTR_KPARAM_INFO\n.*\n.*Size *: (0x[0-9a-f]+)")
+PARAMETERS: dict[str, type[ctypes.Structure]] = {
+    "mla_decode": Params,
+    "kv_write": kv_memory._WriteParams,
+    "page_copy": kv_memory._CopyParams,
+    "batch_update": kv_memory._UpdateParams,
+    "merge_states": states._Params,
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +47,22 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Ker
 
 
 @pytest.fixture(scope="module")
-def disassemble(compiled: Callable[[KernelSpec], Compiled]) -> Callable[[KernelSpec], str]:
-    """Gives the SASS of a spec."""
+def dump(compiled: Callable[[KernelSpec], Compiled]) -> Callable[[KernelSpec, str], str]:
+    """What cuobjdump says of a spec's machine code: "-sass" is the instructions, "-elf" the sections."""
     files = metadata.files("nvidia-cuda-cuobjdump") or []
     cuobjdump = next(str(file.locate()) for file in files if file.name == "cuobjdump")
 
-    @functools.cache
-    def sass(spec: KernelSpec) -> str:
-        command = [cuobjdump, "-sass", str(compiled(spec).path)]
+    def run(spec: KernelSpec, what: str) -> str:
+        command = [cuobjdump, what, str(compiled(spec).path)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    return sass
+    return run
+
+
+@pytest.fixture(scope="module")
+def disassemble(dump: Callable[[KernelSpec, str], str]) -> Callable[[KernelSpec], str]:
+    """Gives the SASS of a spec."""
+    return functools.cache(functools.partial(dump, what="-sass"))
 
 
 def constants(spec: KernelSpec) -> dict[str, int]:
@@ -71,6 +85,14 @@ def test_there_is_a_decode_kernel_for_every_dtype_dims_and_row_tile() -> None:
 def test_nothing_is_spilled(spec: KernelSpec, compiled: Callable[[KernelSpec], Compiled]) -> None:
     report = build_report(compiled(spec))
     assert (report.spill_stores, report.spill_loads, report.stack) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("spec", all_specs(), ids=str)
+def test_the_parameter_is_as_large_as_the_hosts(spec: KernelSpec, dump: Callable[[KernelSpec, str], str]) -> None:
+    """The driver copies as many bytes as the kernel's struct has, from the address of the host's."""
+    _, _, about = dump(spec, "-elf").partition(f"\n.nv.info.{spec.entry}\n")
+    size = PARAMETER_BYTES.search(about)
+    assert size and int(size[1], 16) == ctypes.sizeof(PARAMETERS[spec.entry])
 
 
 @pytest.mark.parametrize("spec", DECODE_SPECS, ids=str)
