@@ -127,14 +127,14 @@ struct Params {
     float* lse;  // or null
     const int* block_table;  // or the pages of all requests, one list after the other
     const int* cache_seqlens;
-    const int* cu_seqlens_q;  // or null: s_q queries a request
-    const int* page_indptr;   // or null: block_table is a table
+    const int* cu_seqlens_q;        // or null: s_q queries a request
+    const int* page_indptr;         // or null: block_table is a table
     Quad* partials;                 // [slot][column group][block of 64 dims][warp][lane of the warp]
     SlotStatistics* partial_stats;  // [slot]
-    u32* counters;           // [lane of the grid][row group][COUNTER_WORDS]; zero between launches
-    i64 k_strides[2];        // elements, of (page, token)
+    u32* counters;                  // [lane of the grid][row group][COUNTER_WORDS]; zero between launches
+    i64 k_strides[2];               // elements, of (page, token)
     i64 k_rope_strides[2];
-    i64 q_strides[3];        // elements, of (request, query token, head)
+    i64 q_strides[3];               // elements, of (request, query token, head)
     i64 q_rope_strides[3];
     i64 out_strides[3];
     i64 lse_strides[3];
@@ -576,10 +576,9 @@ __device__ __forceinline__ void prefetch_inputs(const Params& p, int lane, int r
 // ---------------------------------------------------------------------------------------------- producer
 
 // Brings every PRODUCER_WARPS-th chunk of one tile that lies in `parts` pages. Thread l of the warp copies parts l and
-// l + 32, of pages page_of(0) and page_of(1): asked for at the end, as the first may still be on its way.
-template <typename PageOf>
-__device__ __forceinline__ void produce_tile(const Params& p, Shared& s, const Place& first, int parts, int token,
-                                             const PageOf& page_of) {
+// l + 32, of `page` and `second`.
+__device__ __forceinline__ void produce_tile(const Params& p, Shared& s, const Place& first, int parts, int token, int page,
+                                             int second) {
     const int l = threadIdx.x % 32, warp = uniform(threadIdx.x / 32 - CONSUMER_WARPS);
     const u32 part_bytes = CHUNK_BYTES / u32(parts);
 #pragma unroll 1
@@ -592,7 +591,6 @@ __device__ __forceinline__ void produce_tile(const Params& p, Shared& s, const P
         const TensorMap* map = j < ROPE_CHUNKS ? &p.rope_map : &p.latent_map;
         const int dim = (j < ROPE_CHUNKS ? j : j - ROPE_CHUNKS) * CHUNK_DIMS;
         const u32 target = shared_address(s.ring[place.slot]);
-        const int page = page_of(0), second = page_of(1);
         if (l < parts) tma_load_3d(target + l * part_bytes, map, full, dim, token, page);
         if (l + 32 < parts) tma_load_3d(target + (l + 32) * part_bytes, map, full, dim, token, second);
     }
@@ -687,8 +685,8 @@ __device__ __forceinline__ void produce(const Params& p, Shared& s, const Progre
                 const Pages next(p, now->walk, group + 32);
                 const int count = min(32, tiles - group);
                 for (int i = begun; i < count; ++i) {
-                    produce_tile(p, s, place, 1, first_token(p, now->walk.tile_begin + group + i),
-                                 [&](int) { return __shfl_sync(~0u, pages.page, i); });
+                    const int page = __shfl_sync(~0u, pages.page, i);
+                    produce_tile(p, s, place, 1, first_token(p, now->walk.tile_begin + group + i), page, page);
                     place = place.ahead(TILE_CHUNKS);
                 }
                 begun = 0;
@@ -701,7 +699,7 @@ __device__ __forceinline__ void produce(const Params& p, Shared& s, const Progre
                     gather_tile(p, s, place, pages.page, pages.second,
                                 now->walk.seqlen - (now->walk.tile_begin + i) * TILE_KEYS);
                 else
-                    produce_tile(p, s, place, p.tile_pages, 0, [&](int i) { return i == 0 ? pages.page : pages.second; });
+                    produce_tile(p, s, place, p.tile_pages, 0, pages.page, pages.second);
                 place = place.ahead(TILE_CHUNKS);
                 pages = next;
             }
@@ -1095,19 +1093,28 @@ __device__ __forceinline__ float column_sum(const ColumnSums& sums, int column) 
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((127 + exponent) << 23); }
 
-// The exponent of the power of two that brings the largest element of a warp's O^T to PARTIAL_TOP. NaN does not count, and
-// with infinite ones, which stay so, the others stay as they are.
-__device__ __forceinline__ int partial_exponent(const float (&o)[OWN_BLOCKS][ROWS / 2]) {
+// The largest magnitude among a warp's elements of O^T, as bits; NaN does not count, infinite ones only unless FINITE.
+template <bool FINITE>
+__device__ __forceinline__ u32 largest_element(const float (&o)[OWN_BLOCKS][ROWS / 2]) {
     float tops[OWN_BLOCKS], top = 0.0f;
 #pragma unroll
     for (int b = 0; b < OWN_BLOCKS; ++b) {
         tops[b] = 0.0f;
 #pragma unroll
-        for (int i = 0; i < ROWS / 2; ++i) tops[b] = fmaxf(tops[b], fabsf(o[b][i]));
+        for (int i = 0; i < ROWS / 2; ++i) {
+            const float magnitude = fabsf(o[b][i]);
+            tops[b] = fmaxf(tops[b], FINITE && magnitude > MOST_FINITE ? 0.0f : magnitude);
+        }
         top = fmaxf(top, tops[b]);
     }
-    const int exponent = int(__reduce_max_sync(~0u, __float_as_uint(top)) >> 23) - 127;
-    return exponent > 127 ? 0 : min(PARTIAL_TOP - exponent, 126);
+    return __reduce_max_sync(~0u, __float_as_uint(top));
+}
+
+// The exponent of the power of two that brings the largest finite element of a warp's O^T to PARTIAL_TOP.
+__device__ __forceinline__ int partial_exponent(const float (&o)[OWN_BLOCKS][ROWS / 2]) {
+    u32 top = largest_element<false>(o);
+    if (top > __float_as_uint(MOST_FINITE)) top = largest_element<true>(o);
+    return min(PARTIAL_TOP + 127 - int(top >> 23), 126);
 }
 
 __device__ __forceinline__ float inverse(float sum) { return sum == 0.0f ? 0.0f : reciprocal_approx(sum); }

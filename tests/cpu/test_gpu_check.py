@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +50,16 @@ def test_skipped(): pass
 
 
 @pytest.fixture
-def report_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def report_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the tool looks for the committed report; it runs the tests above, on a machine of this name."""
     (tmp_path / "test_some.py").write_text(SOME_TESTS)
     monkeypatch.setattr(gpu_check, "TESTS", (str(tmp_path / "test_some.py"), "-p", "no:cacheprovider"))
     monkeypatch.setattr(gpu_check, "REPORT", tmp_path / "report.json")
     monkeypatch.setattr(gpu_check, "use_checkout", lambda: None)
     monkeypatch.setattr(gpu_check, "describe_machine", lambda: {"gpu": "a GPU"})
-    return tmp_path / "report.json"
+    previous = signal.getsignal(signal.SIGTERM)
+    yield tmp_path / "report.json"
+    signal.signal(signal.SIGTERM, previous)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -91,11 +94,7 @@ def test_never_begun(): pass
     path = report_path.parent / "test_terminated.py"
     path.write_text(terminated)
     monkeypatch.setattr(gpu_check, "TESTS", (str(path), "-p", "no:cacheprovider"))
-    previous = signal.getsignal(signal.SIGTERM)
-    try:
-        assert run(monkeypatch, "--output", str(report_path)) == pytest.ExitCode.INTERRUPTED
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    assert run(monkeypatch, "--output", str(report_path)) == pytest.ExitCode.INTERRUPTED
     report = json.loads(report_path.read_text())
     assert (report["passed"], report["exit_status"]) == (1, pytest.ExitCode.INTERRUPTED)
     assert run(monkeypatch, "--verify") == 1
