@@ -61,7 +61,7 @@ constexpr int OWN_BLOCKS = LATENT_CHUNKS / 2;             // blocks of 64 dims o
 constexpr int COLUMN_GROUPS = ROWS / 8;                   // columns of S^T and O^T come in groups of eight
 constexpr int Q_CHUNK_BYTES = ROWS * CHUNK_DIMS * 2;
 constexpr int P_BYTES = ROWS * TILE_KEYS * 2;
-constexpr int GROUP_PIECES = LATENT_CHUNKS * 4;  // of 16 dims x 8 columns, what a warp merges at once
+constexpr int GROUP_PIECES = LATENT_CHUNKS * 4;  // of 16 dims x 8 columns: [block of 64 dims][warp]
 constexpr int MERGE_PIECES = COLUMN_GROUPS * GROUP_PIECES;
 
 constexpr int WARPGROUP = 128;
@@ -1093,28 +1093,19 @@ __device__ __forceinline__ float column_sum(const ColumnSums& sums, int column) 
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((127 + exponent) << 23); }
 
-// The largest magnitude among a warp's elements of O^T, as bits; NaN does not count, infinite ones only unless FINITE.
-template <bool FINITE>
-__device__ __forceinline__ u32 largest_element(const float (&o)[OWN_BLOCKS][ROWS / 2]) {
+// The exponent of the power of two that brings the largest element of a warp's O^T to PARTIAL_TOP. NaN does not count, and
+// with infinite ones, which stay so, the others stay as they are.
+__device__ __forceinline__ int partial_exponent(const float (&o)[OWN_BLOCKS][ROWS / 2]) {
     float tops[OWN_BLOCKS], top = 0.0f;
 #pragma unroll
     for (int b = 0; b < OWN_BLOCKS; ++b) {
         tops[b] = 0.0f;
 #pragma unroll
-        for (int i = 0; i < ROWS / 2; ++i) {
-            const float magnitude = fabsf(o[b][i]);
-            tops[b] = fmaxf(tops[b], FINITE && magnitude > MOST_FINITE ? 0.0f : magnitude);
-        }
+        for (int i = 0; i < ROWS / 2; ++i) tops[b] = fmaxf(tops[b], fabsf(o[b][i]));
         top = fmaxf(top, tops[b]);
     }
-    return __reduce_max_sync(~0u, __float_as_uint(top));
-}
-
-// The exponent of the power of two that brings the largest finite element of a warp's O^T to PARTIAL_TOP.
-__device__ __forceinline__ int partial_exponent(const float (&o)[OWN_BLOCKS][ROWS / 2]) {
-    u32 top = largest_element<false>(o);
-    if (top > __float_as_uint(MOST_FINITE)) top = largest_element<true>(o);
-    return min(PARTIAL_TOP + 127 - int(top >> 23), 126);
+    const int exponent = int(__reduce_max_sync(~0u, __float_as_uint(top)) >> 23) - 127;
+    return exponent > 127 ? 0 : min(PARTIAL_TOP - exponent, 126);
 }
 
 __device__ __forceinline__ float inverse(float sum) { return sum == 0.0f ? 0.0f : reciprocal_approx(sum); }
@@ -1179,19 +1170,30 @@ __device__ __forceinline__ u32* gave_up_word(const Params& p, const SharedUnit& 
     return counter_of(p, unit.first_lane + member, row_group) + (member == 0 ? 3 : 2);
 }
 
-// Running combination of partial results for one column group of 16 dims.
+// Running combination of partial results for BLOCKS pieces of one column group.
+template <int BLOCKS>
 struct Merged {
-    float v[4];
-    float reference[2];
-    float sum[2];
+    float v[BLOCKS][4] = {};
+    float reference[2] = {NEG_INF, NEG_INF};
+    float sum[2] = {};
+
+    __device__ __forceinline__ void scale(int e, float factor) {
+#pragma unroll
+        for (int b = 0; b < BLOCKS; ++b) {
+            v[b][e] *= factor;
+            v[b][e + 2] *= factor;
+        }
+        sum[e] *= factor;
+    }
 };
 
-// Of one piece of 16 dims x 8 columns: the partial results of up to COUNT members, in flight or there. Everything stops
-// after the last member, looked for every GROUP members, so that those do not wait for each other.
-template <int COUNT>
+// Of the first BLOCKS pieces of a column group that one warp left: the partial results of up to COUNT members, in flight or
+// there. Everything stops after the last member, looked for every GROUP members, so that those do not wait for each other. The
+// first group is always there: if it might not be, its registers would be kept for both ways of merging at once.
+template <int BLOCKS, int COUNT>
 struct Partials {
     static constexpr int GROUP = 4;
-    Quad v[COUNT];
+    Quad v[COUNT][BLOCKS];
     float4 stats[COUNT];  // reference and sum of an even, of an odd column
     float scales[COUNT];  // of v
 
@@ -1208,8 +1210,11 @@ struct Partials {
         if constexpr (HALF_PARTIALS) keep_pointer(scale);
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
-            if (i % GROUP == 0 && i >= count) break;
-            v[i] = load_shared_by_ctas(i == 0 ? first_values : values + i * LANE_SLOTS * SLOT_VALUES, i < count, Quad{});
+            if (i > 0 && i % GROUP == 0 && i >= count) break;
+            const Quad* of_member = i == 0 ? first_values : values + i * LANE_SLOTS * SLOT_VALUES;
+#pragma unroll
+            for (int b = 0; b < BLOCKS; ++b)
+                v[i][b] = load_shared_by_ctas(of_member + b * CONSUMER_WARPS * 32, i < count, Quad{});
             stats[i] = load_shared_by_ctas(
                 i == 0 ? first_statistics : statistics + i * LANE_SLOTS * (SLOT_BYTES / sizeof(float4)), i < count,
                 make_float4(NEG_INF, 0, NEG_INF, 0));
@@ -1220,104 +1225,139 @@ struct Partials {
         }
     }
 
-    __device__ __forceinline__ void add_to(Merged& m, int count) const {
+    __device__ __forceinline__ void add_to(Merged<BLOCKS>& m, int count) const {
         float top[2] = {m.reference[0], m.reference[1]};
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
-            if (i % GROUP == 0 && i >= count) break;
+            if (i > 0 && i % GROUP == 0 && i >= count) break;
             top[0] = fmaxf(top[0], stats[i].x);
             top[1] = fmaxf(top[1], stats[i].z);
         }
         const float safe[2] = {top[0] == NEG_INF ? 0.0f : top[0], top[1] == NEG_INF ? 0.0f : top[1]};
-        const float keep[2] = {exp2_approx(m.reference[0] - safe[0]), exp2_approx(m.reference[1] - safe[1])};
-#pragma unroll
-        for (int e = 0; e < 4; ++e) m.v[e] *= keep[e % 2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            m.sum[e] *= keep[e];
+            m.scale(e, exp2_approx(m.reference[e] - safe[e]));
             m.reference[e] = top[e];
         }
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
-            if (i % GROUP == 0 && i >= count) break;
+            if (i > 0 && i % GROUP == 0 && i >= count) break;
             const float even = exp2_approx(stats[i].x - safe[0]), odd = exp2_approx(stats[i].z - safe[1]);
-            const float4 four = unpack_four(v[i]);
-            m.v[0] += four.x * (even * scales[i]);
-            m.v[1] += four.y * (odd * scales[i]);
-            m.v[2] += four.z * (even * scales[i]);
-            m.v[3] += four.w * (odd * scales[i]);
+#pragma unroll
+            for (int b = 0; b < BLOCKS; ++b) {
+                const float4 four = unpack_four(v[i][b]);
+                m.v[b][0] += four.x * (even * scales[i]);
+                m.v[b][1] += four.y * (odd * scales[i]);
+                m.v[b][2] += four.z * (even * scales[i]);
+                m.v[b][3] += four.w * (odd * scales[i]);
+            }
             m.sum[0] += stats[i].y * even;
             m.sum[1] += stats[i].w * odd;
         }
     }
 };
 
-// Adds the partial results of members [from, to) of a unit for one piece, in their order.
+// Adds the partial results of members [from, to) of a unit for `piece` and those that the same warp left after it, BLOCKS
+// together, COUNT members in flight at a time, in their order.
+template <int COUNT, int BLOCKS>
 __device__ __forceinline__ void merge_members(const Params& p, const SharedUnit& unit, int row_group, u32 piece, int from,
-                                              int to, Merged& m) {
-    constexpr int BATCH = 17;  // in flight together: what a warp adds up when 132 lanes share a unit
+                                              int to, Merged<BLOCKS>& m) {
     const int lane = threadIdx.x % 32, group = piece / GROUP_PIECES;
 #pragma unroll 1
     do {
         const int slot = partial_slot(p, unit.first_lane + from, false, row_group);
-        Partials<BATCH> partials;
+        Partials<BLOCKS, COUNT> partials;
         const SlotStatistics& statistics = p.partial_stats[slot];
         partials.load(p.partials + (slot * MERGE_PIECES + piece) * 32 + lane,
                       reinterpret_cast<const float4*>(statistics.columns) + group * 4 + lane % 4,
-                      statistics.scales + (piece / 4 % 2 * 4 + piece % 4), to - from, from == 0);
+                      statistics.scales + piece % CONSUMER_WARPS, to - from, from == 0);
         partials.add_to(m, to - from);
-    } while ((from += BATCH) < to);
+    } while ((from += COUNT) < to);
 }
 
-// The part of a shared unit that falls to member `member`: pieces member, member + members, ... of the unit's
-// (column group, block, warp) pieces. With few pieces several warps divide the members of one among them.
+// Writes what has been merged, from `piece` on.
+template <int BLOCKS>
+__device__ __forceinline__ void store_merged(const Params& p, const SharedUnit& unit, int row_group, u32 piece,
+                                             const Merged<BLOCKS>& m) {
+    const RowTile rows = row_tile_of(p, unit.request, unit.pass, row_group);
+    const int lane = threadIdx.x % 32, group = piece / GROUP_PIECES, in_group = piece % GROUP_PIECES;
+    u16* const row = output_row(p, unit.request, rows, group * 8 + lane / 4);
+    const float even = inverse(m.sum[0]), odd = inverse(m.sum[1]);
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b)
+        store_outputs(row, in_group / 4 * CHUNK_DIMS + in_group % 4 * 16 + b * 2 * CHUNK_DIMS, m.v[b], even, odd);
+    if (in_group == 0 && lane < 4)
+        for (int e = 0; e < 2; ++e)
+            store_lse(p, unit.request, rows, group * 8 + lane * 2 + e, m.reference[e], m.sum[e]);
+}
+
+// The part of a shared unit that falls to member `member`, of pieces or of stripes: STRIPE_BLOCKS pieces of a column group that
+// one warp left.
+//   few members    stripes member, member + members, ...: their statistics are loaded once for all pieces, and those of a few
+//                  members are as many loads as a warp can wait for together
+//   many           pieces member, member + members, ...; where that leaves warps without one, several divide the members of a
+//                  piece among them
+// Measured in one run on an H100, pieces alone and both: mixed lengths 75.4 and 73.2 us, 32 requests of 2K 36.4 and 35.8, of 8K
+// with 4 queries each 119.1 and 116.1. Pairs of pieces rather than fours, 16 rows: 32 requests of 512 tokens 17.6 and 17.1.
 __device__ __forceinline__ void merge_part(const Params& p, Shared& s, const SharedUnit& unit, int index, int row_group,
                                            int member) {
+    constexpr int STRIPE_BLOCKS = ROWS <= 16 ? 2 : OWN_BLOCKS;
+    constexpr int STRIPE_MEMBERS = HALF_PARTIALS ? 4 : 3;  // in flight together
+    constexpr int PIECE_MEMBERS = 17;                      // likewise: what a warp adds up when 132 lanes share a unit
     const int members = unit.members;
-    const RowTile rows = row_tile_of(p, unit.request, unit.pass, row_group);
-    const int pieces = (rows.count + 7) / 8 * GROUP_PIECES;  // of columns that exist
-    const int share_log2 = member + 4 * members < pieces   ? 0
-                           : member + 2 * members < pieces ? 1
-                           : member + members < pieces     ? 2
-                                                           : 3;
-    const int helpers = 1 << share_log2;  // warps that divide a piece; if there are several, there is one round
+    // Of columns that exist.
+    const int pieces = (row_tile_of(p, unit.request, unit.pass, row_group).count + 7) / 8 * GROUP_PIECES;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int helper = warp & (helpers - 1);
-    const int from = members * helper >> share_log2, to = members * (helper + 1) >> share_log2;
+    // In stripes a warp waits members / STRIPE_MEMBERS times, else for each of its pieces / (CONSUMER_WARPS * members).
+    const bool many = CONSUMER_WARPS * members * members >= STRIPE_MEMBERS * MERGE_PIECES;
+    if (many) {
+        const int share_log2 = member + 4 * members < pieces   ? 0
+                               : member + 2 * members < pieces ? 1
+                               : member + members < pieces     ? 2
+                                                               : 3;
+        const int helpers = 1 << share_log2;  // warps that divide a piece; if there are several, there is one round
+        const int helper = warp & (helpers - 1);
+        const int from = members * helper >> share_log2, to = members * (helper + 1) >> share_log2;
 #pragma unroll 1
-    for (int first = member; first < pieces; first += (CONSUMER_WARPS >> share_log2) * members) {
-        const u32 piece = first + (warp >> share_log2) * members;
-        const int group = piece / GROUP_PIECES, block = piece / 4 % LATENT_CHUNKS, row_warp = piece % 4;
-        Merged m = {{0, 0, 0, 0}, {NEG_INF, NEG_INF}, {0, 0}};
-        if (int(piece) < pieces) merge_members(p, unit, row_group, piece, from, to, m);
-        if (helpers > 1) {
-            // The ring is idle: a slot carries the helpers' shares.
-            static_assert(sizeof(Merged[CONSUMER_WARPS][32]) <= CHUNK_BYTES, "one slot holds them");
-            Merged(*shares)[32] = reinterpret_cast<Merged(*)[32]>(s.ring[index]);
-            shares[warp][lane] = m;
-            named_barrier<CONSUMER_BARRIER, CONSUMERS>();
-            if (helper == 0)
+        for (int first = member; first < pieces; first += (CONSUMER_WARPS >> share_log2) * members) {
+            const u32 piece = first + (warp >> share_log2) * members;
+            Merged<1> m;
+            if (int(piece) < pieces) merge_members<PIECE_MEMBERS>(p, unit, row_group, piece, from, to, m);
+            if (helpers > 1) {
+                // The ring is idle: a slot carries the helpers' shares.
+                static_assert(sizeof(Merged<1>[CONSUMER_WARPS][32]) <= CHUNK_BYTES, "one slot holds them");
+                Merged<1>(*shares)[32] = reinterpret_cast<Merged<1>(*)[32]>(s.ring[index]);
+                shares[warp][lane] = m;
+                named_barrier<CONSUMER_BARRIER, CONSUMERS>();
+                if (helper == 0)
 #pragma unroll 1
-                for (int h = 1; h < helpers; ++h) {
-                    const Merged& share = shares[warp + h][lane];
+                    for (int h = 1; h < helpers; ++h) {
+                        const Merged<1>& share = shares[warp + h][lane];
 #pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        const float top = fmaxf(m.reference[e], share.reference[e]), safe = top == NEG_INF ? 0.0f : top;
-                        const float keep = exp2_approx(m.reference[e] - safe), add = exp2_approx(share.reference[e] - safe);
-                        m.v[e] = m.v[e] * keep + share.v[e] * add;
-                        m.v[e + 2] = m.v[e + 2] * keep + share.v[e + 2] * add;
-                        m.sum[e] = m.sum[e] * keep + share.sum[e] * add;
-                        m.reference[e] = top;
+                        for (int e = 0; e < 2; ++e) {
+                            const float top = fmaxf(m.reference[e], share.reference[e]), safe = top == NEG_INF ? 0.0f : top;
+                            const float add = exp2_approx(share.reference[e] - safe);
+                            m.scale(e, exp2_approx(m.reference[e] - safe));
+                            m.v[0][e] += share.v[0][e] * add;
+                            m.v[0][e + 2] += share.v[0][e + 2] * add;
+                            m.sum[e] += share.sum[e] * add;
+                            m.reference[e] = top;
+                        }
                     }
-                }
+            }
+            if (helper == 0 && int(piece) < pieces) store_merged(p, unit, row_group, piece, m);
         }
-        if (helper == 0 && int(piece) < pieces) {
-            store_outputs(output_row(p, unit.request, rows, group * 8 + lane / 4), block * CHUNK_DIMS + row_warp * 16, m.v,
-                          inverse(m.sum[0]), inverse(m.sum[1]));
-            if (block == 0 && row_warp == 0 && lane < 4)
-                for (int e = 0; e < 2; ++e)
-                    store_lse(p, unit.request, rows, group * 8 + lane * 2 + e, m.reference[e], m.sum[e]);
-        }
+        return;
+    }
+#pragma unroll 1
+    for (int stripe = member + warp * members; stripe < pieces / STRIPE_BLOCKS; stripe += CONSUMER_WARPS * members) {
+        constexpr int OF_GROUP = GROUP_PIECES / STRIPE_BLOCKS;
+        const u32 in_group = stripe % OF_GROUP;
+        const u32 piece = stripe / OF_GROUP * GROUP_PIECES + in_group % CONSUMER_WARPS +
+                          in_group / CONSUMER_WARPS * (STRIPE_BLOCKS * CONSUMER_WARPS);
+        Merged<STRIPE_BLOCKS> m;
+        merge_members<STRIPE_MEMBERS>(p, unit, row_group, piece, 0, members, m);
+        store_merged(p, unit, row_group, piece, m);
     }
 }
 
@@ -1497,15 +1537,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
         walk.make_uniform();
         return Progress{walk, lane, row_group, true, 0, 0};
     };
-    if (warp >= CONSUMER_WARPS) {
-        registers_give_up<PRODUCER_REGISTERS>();
-        if (warp < COORDINATOR_WARP)
-            produce(p, s, start_of_lane(), pages, begun);
-        else
-            coordinate(p, s, start_of_lane());
-    } else {
+    // The compiler is to put the producers' code first, behind what led to it: a launch fetches its instructions anew, and
+    // from behind the consumers' they arrived later than the first tile. Measured on an H100, code last and first, in one
+    // run, 16 requests: of 1K 18.1 and 17.3 us, of 2K 23.9 and 23.6.
+    if (__builtin_expect(warp < CONSUMER_WARPS, 0)) {
         registers_take<CONSUMER_REGISTERS>();
         consume(p, s, start_of_lane());
         trace(p, TRACE_END);
+    } else {
+        registers_give_up<PRODUCER_REGISTERS>();
+        if (warp == COORDINATOR_WARP)
+            coordinate(p, s, start_of_lane());
+        else
+            produce(p, s, start_of_lane(), pages, begun);
     }
 }

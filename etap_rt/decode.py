@@ -307,7 +307,7 @@ class Params(ctypes.Structure):
         ("lse_factor", ctypes.c_float),
         ("lse_no_key", ctypes.c_float),
         ("trace", ctypes.c_uint64),
-        # The tensor maps give the kernel's struct an alignment of 64 bytes: so many the driver copies, from here.
+        # The tensor maps align the kernel's struct to 64 bytes, and the driver copies all of it.
         ("padding", ctypes.c_char * 56),
     ]
 

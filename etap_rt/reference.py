@@ -211,12 +211,10 @@ def _in_float16(o: Floats) -> Floats:
     """What float16 leaves of partial results (row tiles, rows, latent_dim): each warp has a power of two of its own."""
     # Of the blocks of 64 dims each of two warpgroups has every second, each of its four warps 16 dims of them.
     of_warps = o.reshape(*o.shape[:2], -1, 2, 4, 16)
-    finite = np.where(np.isfinite(of_warps), np.abs(of_warps), 0)
-    top = finite.max(axis=(1, 2, 5), keepdims=True)
-    exponent = np.minimum(PARTIAL_TOP + 1 - np.frexp(top)[1], 126)
+    top = np.fmax.reduce(np.abs(of_warps), axis=(1, 2, 5), keepdims=True, initial=0)
+    exponent = np.where(np.isinf(top), 0, np.minimum(PARTIAL_TOP + 1 - np.frexp(top)[1], 126))
     kept = np.ldexp(of_warps, exponent).astype(np.float16)
-    restored: Floats = np.ldexp(kept.astype(np.float32), -exponent)
-    return restored.reshape(o.shape)
+    return np.ldexp(kept.astype(np.float32), -exponent).reshape(o.shape)
 
 
 def _merge(partials: list[_Partial], lse_form: LseForm) -> tuple[Floats, Floats]:

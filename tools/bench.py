@@ -8,9 +8,9 @@
 The stream floor (stream_floor.cu) brings the same pages on chip and computes nothing. It is the baseline of most calls;
 others name theirs: page sizes the same call with pages of 64 tokens, ragged queries the same requests with the same
 number of queries in equal parts, writes into a cache a copy of as many bytes. All are timed in turns: CUDA events
-around one call, the L2 cache cleaned before each by reading 1 GiB, N samples; and once all cells are done, all of them
-again with other pages. A figure is the median, its noise what the medians of the two rounds differ by. Needs a Hopper
-GPU and torch; works from source.
+around one call, the L2 cache cleaned before each by reading 1 GiB, N samples, each the mean of two calls at places of
+either parity (see time_gpu); and once all cells are done, all of them again with other pages. A figure is the median,
+its noise what the medians of the two rounds differ by. Needs a Hopper GPU and torch; works from source.
 
 `--sms` runs everything, the floor too, on N SMs of the GPU (a green context), a stand-in for GPUs with less tensor
 throughput by their memory rate. Without it one cell does so.
@@ -418,14 +418,17 @@ class Bench:
     def time_gpu(self, calls: Sequence[Callable[[], None]]) -> list[list[float]]:
         """GPU time of each call in us, measured in turns.
 
-        Cleaning takes longer than the host needs for a call, so the GPU never waits for the host between events.
+        Cleaning takes longer than the host needs for a call, so the GPU never waits for the host between events. What
+        events read still depends on where in the sequence they are: on an H100 every second pair of them reads 0.4 to
+        0.8 us more, whatever is between. So the calls are made in one order and in the other, and a sample is the mean.
         """
         for _ in range(WARM_UP_CALLS):
             for call in calls:
                 call()
         spans: list[list[tuple[Any, Any]]] = [[] for _ in calls]
+        turns = list(zip(calls, spans))
         for _ in range(self.samples):
-            for call, span in zip(calls, spans):
+            for call, span in [*turns, *reversed(turns)]:
                 start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
                 self.clean_l2()
                 start.record()
@@ -433,7 +436,8 @@ class Bench:
                 end.record()
                 span.append((start, end))
         self.torch.cuda.synchronize()
-        return [[start.elapsed_time(end) * 1e3 for start, end in span] for span in spans]
+        times = [[start.elapsed_time(end) * 1e3 for start, end in span] for span in spans]
+        return [[(one + other) / 2 for one, other in zip(series[::2], series[1::2])] for series in times]
 
     def clean_l2(self) -> None:
         """Reading leaves nothing behind to be written back, which would be charged to the next call."""

@@ -660,6 +660,19 @@ def test_html_of_many_sequences_stays_short() -> None:
 # ---- Cost ----
 
 
+def milliseconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def spin() -> None:
+    """Takes 1 ms on a processor of 2.5 GHz that nobody else uses."""
+    total = 0
+    for i in range(20_000):
+        total += i
+
+
 @pytest.mark.parametrize("page_size", [1, 64])
 def test_a_step_of_1024_sequences_takes_less_than_2_ms(page_size: int) -> None:
     tokens = 4096
@@ -668,13 +681,14 @@ def test_a_step_of_1024_sequences_takes_less_than_2_ms(page_size: int) -> None:
     sequences = [cache.new_sequence() for _ in range(1024)]
     cache.reserve(sequences, [tokens] * 1024)
     cache.batch(sequences)
-    times = []
+    times, spins = [], []
     for _ in range(65):  # over a page border
-        start = time.perf_counter()
-        cache.reserve(sequences, [1] * 1024)
-        times.append(1e3 * (time.perf_counter() - start))
+        times.append(milliseconds(lambda: cache.reserve(sequences, [1] * 1024)))
+        spins.append(milliseconds(spin))
         cache.batch(sequences)
-    assert min(times) < 2, f"median {statistics.median(times):.2f} ms"
+    # A machine that is slow, or shared, gets as much more time.
+    limit = 2 * max(1.0, min(spins))
+    assert min(times) < limit, f"median {statistics.median(times):.2f} ms, limit {limit:.2f}"
 
 
 @pytest.mark.parametrize("spec", [kv_write_spec(), page_copy_spec(), batch_update_spec()], ids=str)

@@ -295,21 +295,6 @@ def test_a_head_that_is_nan_leaves_the_others_alone(case: Case) -> None:
     assert other_out[:, :, 0][lse[:, 0].isfinite()].isnan().all()
 
 
-@pytest.mark.parametrize("heads", [16, 128])
-def test_a_dim_that_overflows_leaves_the_others_alone(heads: int) -> None:
-    call = on_gpu(Case("one-request", lengths=(4500,), heads=heads))
-    call["q"][..., 5] = 0
-    call["kv_cache"].nan_to_num_()
-    out, lse = run(call)
-    call["kv_cache"][..., 5] = torch.finfo(torch.bfloat16).max  # 1.004 times this is infinite in float32
-    other_out, other_lse = run(call)
-    assert other_out[..., 5].isinf().all()
-    out[..., 5] = other_out[..., 5]
-    # Not bit for bit: the dim was among those that determine the power of two of a warp.
-    torch.testing.assert_close(other_out, out, atol=2e-3, rtol=2**-7)
-    assert torch.equal(other_lse, lse)
-
-
 def test_streams_do_not_get_into_each_others_way() -> None:
     cases = [case for case in DIVISIONS if case.name in ("mixed", "one-request", "one-request-128-heads")]
     calls = [on_gpu(case) for case in cases]
