@@ -70,9 +70,11 @@ constexpr int CONSUMER_WARPS = CONSUMERS / 32;
 constexpr int PRODUCER_WARPS = 3;
 constexpr int COORDINATOR_WARP = CONSUMER_WARPS + PRODUCER_WARPS;
 constexpr int THREADS = (COORDINATOR_WARP + 1) * 32;
-// Together what a CTA starts with, 3 * 168. NVRTC up to 12.4 needs more than 40 for the producers.
-constexpr int PRODUCER_REGISTERS = ROWS <= 32 ? 56 : 40;
-constexpr int CONSUMER_REGISTERS = ROWS <= 32 ? 224 : 232;
+// Together what a CTA starts with, 3 * 168. NVRTC up to 12.4 needs more than 40 for the producers, with more rows than 32 more
+// than 224 for the consumers; 12.9 needs more than 40 for the producers with any rows.
+constexpr bool MORE_FOR_PRODUCERS = ROWS <= 32 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ == 9);
+constexpr int PRODUCER_REGISTERS = MORE_FOR_PRODUCERS ? 56 : 40;
+constexpr int CONSUMER_REGISTERS = MORE_FOR_PRODUCERS ? 224 : 232;
 constexpr int WARPGROUP_BARRIER = 1;  // named barrier of one warpgroup: + its number
 constexpr int CONSUMER_BARRIER = 3;   // of both
 

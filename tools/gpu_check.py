@@ -7,8 +7,8 @@ The battery is the tests in tests/gpu, a minute of fuzzing and the sanitizers am
 fire; with the argument `tests` it is all tests, as `python -m pytest` runs them. CI has no GPU, so the report is
 committed; it says which sources it is about. `--verify` tells whether the committed report is green, of the whole
 battery, and about the sources as they are now. Works from source, nothing has to be installed but what the tests
-import. A run that is terminated leaves a report of what it did, which does not verify. The exit status is pytest's, 1
-if the report does not verify, 2 without a usable GPU.
+import. The report is written anew after every test: a run that is cut off, in whatever way, leaves one of what it did,
+which does not verify. The exit status is pytest's, 1 if the report does not verify, 2 without a usable GPU.
 
 A test adds figures to the report through pytest's fixture `record_property`. Those in TOTALS are also added up over all
 tests, and a report without one of them is not one of the whole battery: what should have counted it was skipped.
@@ -22,10 +22,10 @@ import importlib
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,8 @@ FAILURE_CHARACTERS = 2000
 class Recorder:
     """A pytest plugin that keeps the outcome of every test."""
 
-    def __init__(self) -> None:
+    def __init__(self, after_each: Callable[[], None]) -> None:
+        self.after_each = after_each
         self.counts = {"passed": 0, "failed": 0, "errors": 0, "skipped": 0, "xfailed": 0}
         self.failures: list[dict[str, str]] = []
         self.skips: list[dict[str, str]] = []
@@ -76,6 +77,9 @@ class Recorder:
             self.counts["passed"] += 1
         if report.when == "call" and report.user_properties:
             self.figures[report.nodeid] = dict(report.user_properties)
+
+    def pytest_runtest_logfinish(self) -> None:
+        self.after_each()
 
     def _fail(self, count: str, report: pytest.CollectReport | pytest.TestReport) -> None:
         self.counts[count] += 1
@@ -99,26 +103,29 @@ def main() -> int:
     except Exception as error:  # no driver, no GPU, no CuPy: each has an exception of its own
         print(f"no usable GPU: {error}", file=sys.stderr)
         return 2
-    # As Ctrl-C does: pytest ends, and what it found so far is written down.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    recorder = Recorder()
     start = time.monotonic()
+
+    def write(status: int) -> None:
+        report = {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "sources_sha256": sources,
+            **machine,
+            "pytest_arguments": pytest_arguments,
+            "exit_status": status,
+            "seconds": round(time.monotonic() - start, 1),
+            **recorder.counts,
+            "totals": add_up(recorder.figures),
+            "failures": recorder.failures,
+            "skips": recorder.skips,
+            "figures": recorder.figures,
+        }
+        output.write_text(json.dumps(report, indent=2) + "\n")
+
+    sources = hash_sources()
+    recorder = Recorder(after_each=lambda: write(pytest.ExitCode.INTERRUPTED))
     tests = () if ALL_TESTS in pytest_arguments else TESTS
     status = int(pytest.main([*tests, *pytest_arguments], plugins=[recorder]))
-    report = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "sources_sha256": hash_sources(),
-        **machine,
-        "pytest_arguments": pytest_arguments,
-        "exit_status": status,
-        "seconds": round(time.monotonic() - start, 1),
-        **recorder.counts,
-        "totals": add_up(recorder.figures),
-        "failures": recorder.failures,
-        "skips": recorder.skips,
-        "figures": recorder.figures,
-    }
-    output.write_text(json.dumps(report, indent=2) + "\n")
+    write(status)
     print(f"wrote {output}")
     return status
 
