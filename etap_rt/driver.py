@@ -50,8 +50,9 @@ _STREAM_NON_BLOCKING = 1
 _TENSOR_MAP_DATA_TYPE = {"float16": 6, "bfloat16": 9}
 _TENSOR_MAP_INTERLEAVE_NONE = 0
 _TENSOR_MAP_SWIZZLE_128B = 3
-# As wide as the rows of a box; with 256 bytes the memory delivers a tenth less. Measured on an H200, in one run, 256 and
-# 128 bytes: 16 requests of 64K only loaded, 295 and 264 us; decoded, 16 of 16K 82.2 and 78.0, 32 of 8K 80.9 and 77.5.
+# As wide as the rows of a box; with 256 bytes the memory delivers a tenth less. Measured on an H200, in one run, 256
+# and 128 bytes: 16 requests of 64K, loads alone, 295 and 264 us; decoded, 16 of 16K 82.2 and 78.0, 32 of 8K 80.9 and
+# 77.5.
 _TENSOR_MAP_L2_PROMOTION_128B = 2
 _TENSOR_MAP_OOB_FILL_NONE = 0
 

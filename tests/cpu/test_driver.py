@@ -352,7 +352,7 @@ def test_a_tensor_map_is_encoded_with_these_numbers(cuda: FakeCuda, element: Any
     address, page_bytes = 0x7F12_3456_7890, 2**33
     encoded = driver.encode_tensor_map(element, address, (512, 64, 2**31), (1152, page_bytes), (64, 64, 1))
     assert encoded == bytes(range(128))
-    dims, strides, box, steps, modes = [512, 64, 2**31], [1152, page_bytes], [64, 64, 1], [1, 1, 1], [0, 3, 3, 0]
+    dims, strides, box, steps, modes = [512, 64, 2**31], [1152, page_bytes], [64, 64, 1], [1, 1, 1], [0, 3, 2, 0]
     assert cuda.calls("encode") == [(0, number, address, dims, strides, box, steps, modes)]
 
 
