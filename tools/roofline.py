@@ -33,7 +33,7 @@ from bench import CACHE_DIM, LATENT_DIM, ROOT, TOKENS, Cell, all_cells, format_t
 
 from etap_rt.schedule import TILE_KEYS, divide, plan_grid
 
-RESULTS = ROOT / "tools" / "results" / "h100.json"  # the latest
+RESULTS = ROOT / "tools" / "results" / "h200.json"  # the latest
 TILE_BYTES = TILE_KEYS * CACHE_DIM * 2
 WGMMA_M, WGMMA_K = 64, 16
 WGMMA_PER_TILE = CACHE_DIM // WGMMA_K + LATENT_DIM // WGMMA_M * (TILE_KEYS // WGMMA_K)
