@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import itertools
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -25,6 +26,20 @@ DECODE_SPECS = [spec for spec in all_specs() if spec.entry == "mla_decode"]
 # Instructions of the tensor cores. Those whose result is the register RZ compute nothing: ptxas waits with them.
 HGMMA = re.compile(r"HGMMA\.(\d+x\d+x\d+)\.(\S+) R\d")
 LOCAL_MEMORY = re.compile(r"\b(?:LDL|STL)\b.*")
+# What threads write to shared memory for wgmma, what makes such writes visible to it, what tells others of them.
+EVENTS = {
+    "weights": r"STSM\.",
+    "zeros": r"STS\.128 .*, RZ",
+    "copied": r"DEPBAR\.LE SB0",
+    "fence": r"FENCE\.VIEW\.ASYNC",
+    "arrive": r"SYNCS\.ARRIVE",
+    "both": r"BAR\.SYNC.* 0x3, 0x100",
+    "barrier": r"BAR\.SYNC",
+    "values": r"HGMMA.*\.tnspA",
+    "scores": HGMMA.pattern,
+    "end": r"WARPGROUP\.DEPBAR",
+}
+EVENT = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in EVENTS.items()))
 PARAMETER_BYTES = re.compile(r"EIATTR_KPARAM_INFO\n.*\n.*Size *: (0x[0-9a-f]+)")
 PARAMETERS: dict[str, type[ctypes.Structure]] = {
     "mla_decode": Params,
@@ -131,3 +146,23 @@ def test_where_operands_lie_is_computed_in_uniform_registers(
     products = [i for i, line in enumerate(lines) if HGMMA.search(line)]
     moves = [line for i in products for line in lines[max(0, i - 8) : i] if "R2UR" in line]
     assert moves == []
+
+
+@pytest.mark.parametrize("spec", DECODE_SPECS, ids=str)
+def test_what_threads_write_is_fenced_before_wgmma_reads_it(
+    spec: KernelSpec, disassemble: Callable[[KernelSpec], str]
+) -> None:
+    """No tool sees this race: compute-sanitizer does not follow wgmma, and results are seldom wrong."""
+    lines = disassemble(spec).splitlines()
+    events = [str(found.lastgroup) for line in lines if (found := EVENT.search(line))]
+    in_order = " ".join(events)
+    assert {"weights", "zeros", "copied", "scores", "values"} <= set(events)
+    unfenced = {
+        "weights": r"weights(?: (?!fence|arrive)\w+)* arrive",
+        "zeros": r"zeros(?: (?!fence|barrier)\w+)* barrier",
+        "queries": r"copied(?: (?!fence|both)\w+)* both",
+    }
+    assert [what for what, pattern in unfenced.items() if re.search(pattern, in_order)] == []
+    if constants(spec)["GENERAL"]:  # keys may have been copied by threads
+        before = [a for a, b in itertools.pairwise(events) if b == "scores" != a]
+        assert before and set(before) == {"fence"}
