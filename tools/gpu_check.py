@@ -122,12 +122,21 @@ def main() -> int:
         output.write_text(json.dumps(report, indent=2) + "\n")
 
     sources = hash_sources()
+    compile_kernels()
     recorder = Recorder(after_each=lambda: write(pytest.ExitCode.INTERRUPTED))
     tests = () if ALL_TESTS in pytest_arguments else TESTS
     status = int(pytest.main([*tests, *pytest_arguments], plugins=[recorder]))
     write(status)
     print(f"wrote {output}")
     return status
+
+
+def compile_kernels() -> None:
+    """Fill the disk cache, several kernels at once: one after the other, as tests need them, they take a minute longer.
+
+    What does not compile is for the tests to report.
+    """
+    subprocess.run([sys.executable, "-m", "etap_rt", "compile"], check=False)
 
 
 def add_up(figures: dict[str, dict[str, Any]]) -> dict[str, int]:

@@ -56,6 +56,7 @@ def report_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(gpu_check, "REPORT", tmp_path / "report.json")
     monkeypatch.setattr(gpu_check, "use_checkout", lambda: None)
     monkeypatch.setattr(gpu_check, "describe_machine", lambda: {"gpu": "a GPU"})
+    monkeypatch.setattr(gpu_check, "compile_kernels", lambda: None)
     return tmp_path / "report.json"
 
 
@@ -98,6 +99,14 @@ def test_is_cut_off(): shutil.copy({str(report_path)!r}, {str(of_then)!r})
     assert report["totals"] == {"fuzz_cases": 700}
     shutil.move(of_then, report_path)
     assert run(monkeypatch, "--verify") == 1
+
+
+def test_kernels_are_compiled_before_the_tests(report_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, path = report_path.parent / "compiled", report_path.parent / "test_needs_kernels.py"
+    path.write_text(f"from pathlib import Path\ndef test_needs_them(): assert Path({str(compiled)!r}).exists()\n")
+    monkeypatch.setattr(gpu_check, "TESTS", (str(path), "-p", "no:cacheprovider"))
+    monkeypatch.setattr(gpu_check, "compile_kernels", compiled.touch)
+    assert run(monkeypatch, "--output", str(report_path)) == 0
 
 
 def test_a_machine_without_a_gpu_has_a_status_of_its_own(
