@@ -164,5 +164,5 @@ def test_what_threads_write_is_fenced_before_wgmma_reads_it(
     }
     assert [what for what, pattern in unfenced.items() if re.search(pattern, in_order)] == []
     if constants(spec)["GENERAL"]:  # keys may have been copied by threads
-        before = [a for a, b in itertools.pairwise(events) if b == "scores" != a]
+        before = [a for a, b in itertools.pairwise(events) if b == "scores" and a != "scores"]
         assert before and set(before) == {"fence"}
