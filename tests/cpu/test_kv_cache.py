@@ -660,35 +660,31 @@ def test_html_of_many_sequences_stays_short() -> None:
 # ---- Cost ----
 
 
-def milliseconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return 1e3 * (time.perf_counter() - start)
-
-
-def spin() -> None:
-    """Takes 1 ms on a processor of 2.5 GHz that nobody else uses."""
-    total = 0
-    for i in range(20_000):
-        total += i
-
-
-@pytest.mark.parametrize("page_size", [1, 64])
-def test_a_step_of_1024_sequences_takes_less_than_2_ms(page_size: int) -> None:
+def step_times(page_size: int) -> list[float]:
+    """Of 1024 sequences that grow by a token each, 65 times, which is over a page border; in ms."""
     tokens = 4096
     pages = -(-(tokens + 70) // page_size)
     cache = PagedKVCache(1024 * pages, page_size, 1, 8, 8, device="cpu", max_batch=1024, max_pages_per_sequence=pages)
     sequences = [cache.new_sequence() for _ in range(1024)]
     cache.reserve(sequences, [tokens] * 1024)
     cache.batch(sequences)
-    times, spins = [], []
-    for _ in range(65):  # over a page border
-        times.append(milliseconds(lambda: cache.reserve(sequences, [1] * 1024)))
-        spins.append(milliseconds(spin))
+    times = []
+    for _ in range(65):
+        start = time.perf_counter()
+        cache.reserve(sequences, [1] * 1024)
+        times.append(1e3 * (time.perf_counter() - start))
         cache.batch(sequences)
-    # A machine that is slow, or shared, gets as much more time.
-    limit = 2 * max(1.0, min(spins))
-    assert min(times) < limit, f"median {statistics.median(times):.2f} ms, limit {limit:.2f}"
+    return times
+
+
+@pytest.mark.parametrize("page_size", [1, 64])
+def test_a_step_of_1024_sequences_takes_less_than_2_ms(page_size: int) -> None:
+    times: list[float] = []
+    for _ in range(10):  # a machine that others use too has slow moments, which are not the cache's
+        times += step_times(page_size)
+        if min(times) < 2:
+            return
+    pytest.fail(f"at best {min(times):.2f} ms, median {statistics.median(times):.2f} ms")
 
 
 @pytest.mark.parametrize("spec", [kv_write_spec(), page_copy_spec(), batch_update_spec()], ids=str)
