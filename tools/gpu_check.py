@@ -119,7 +119,9 @@ def main() -> int:
             "skips": recorder.skips,
             "figures": recorder.figures,
         }
-        output.write_text(json.dumps(report, indent=2) + "\n")
+        part = output.with_suffix(".part")  # a run may be cut off while it writes
+        part.write_text(json.dumps(report, indent=2) + "\n")
+        part.replace(output)
 
     sources = hash_sources()
     compile_kernels()
@@ -132,7 +134,7 @@ def main() -> int:
 
 
 def compile_kernels() -> None:
-    """Fill the disk cache, several kernels at once: one after the other, as tests need them, they take a minute longer.
+    """Fill the disk cache, several kernels at once; tests would wait for them one after the other.
 
     What does not compile is for the tests to report.
     """
