@@ -679,12 +679,12 @@ def step_times(page_size: int) -> list[float]:
 
 @pytest.mark.parametrize("page_size", [1, 64])
 def test_a_step_of_1024_sequences_takes_less_than_2_ms(page_size: int) -> None:
-    times: list[float] = []
-    for _ in range(10):  # a machine that others use too has slow moments, which are not the cache's
+    """A virtual processor may lose half its speed for seconds, so this looks again for a minute before it gives up."""
+    times = step_times(page_size)
+    end = time.monotonic() + 60
+    while min(times) >= 2 and time.monotonic() < end:
         times += step_times(page_size)
-        if min(times) < 2:
-            return
-    pytest.fail(f"at best {min(times):.2f} ms, median {statistics.median(times):.2f} ms")
+    assert min(times) < 2, f"median {statistics.median(times):.2f} ms"
 
 
 @pytest.mark.parametrize("spec", [kv_write_spec(), page_copy_spec(), batch_update_spec()], ids=str)
