@@ -49,4 +49,35 @@ __device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
         : "memory");
 }
 
+// The same if `ended` is 0.
+__device__ __forceinline__ void mbarrier_wait_unless(u32 ended, u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "setp.ne.u32 done, %2, 0;\n"
+        "@done bra over;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "over:\n"
+        "}\n" ::"r"(barrier),
+        "r"(parity), "r"(ended)
+        : "memory");
+}
+
+// 1 if the phase of the given parity has ended, otherwise 0.
+__device__ __forceinline__ u32 mbarrier_test(u32 barrier, u32 parity) {
+    u32 done;
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.test_wait.parity.acquire.cta.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n"
+        "}\n"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return done;
+}
+
 }  // namespace hopper
