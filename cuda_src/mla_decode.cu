@@ -915,10 +915,9 @@ struct Consumer {
         warpgroup_barrier();
     }
 
-    // Takes the column maxima of the tile into the reference, of this thread's columns also into m, and rescales what has been
-    // accumulated. Each step is taken for all columns before the next one, or the columns would wait for each other's shuffles
-    // and loads.
-    __device__ __forceinline__ void move_reference(int tile, float2 (&m)[COLUMN_GROUPS]) {
+    // Takes the column maxima of the tile into the reference and rescales what has been accumulated. Each step is taken for
+    // all columns before the next one, or the columns would wait for each other's shuffles and loads.
+    __device__ __forceinline__ void move_reference(int tile) {
         Statistics& st = s.statistics;
         float top[COLUMN_GROUPS][2], old[COLUMN_GROUPS][2];
 #pragma unroll
@@ -959,9 +958,8 @@ struct Consumer {
                     st.factor[warpgroup][column(g, e)] = factor;
                 }
             }
-#pragma unroll
-        for (int g = 0; g < COLUMN_GROUPS; ++g) m[g] = make_float2(top[g][0], top[g][1]);
         if (threadIdx.x % WARPGROUP == 0) st.rescale[warpgroup] = 1;
+        warpgroup_barrier();
     }
 
     // Of this thread's columns.
@@ -998,7 +996,8 @@ struct Consumer {
                                     : named_barrier_any<WARPGROUP_BARRIER + 1, WARPGROUP>(excess);
         }
         if (excess) {
-            move_reference(tile, m);
+            move_reference(tile);
+            load_reference(m);
         } else if (threadIdx.x % WARPGROUP == 0) {
             s.statistics.rescale[warpgroup] = 0;
         }
