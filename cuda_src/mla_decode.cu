@@ -256,18 +256,18 @@ struct Division {
     }
 };
 
-// What a lane loses by starting on another unit, in tiles.
-constexpr int SWITCH_TILES = 2;
+// What a lane loses by starting on another unit, in tiles. Measured in one run on an H200 with 1, 2, 3, 4 and 6: mixed lengths
+// 57.0, 53.8, 53.3, 53.3, 53.3 us and 67.1, 65.7, 65.1, 65.1, 64.9; 40 requests of 4K 56.3, 56.0, 56.5, 55.9, 57.0.
+constexpr int SWITCH_TILES = 4;
 
-// How much more than an equal share the busiest lane may get where no unit is divided at any place, as a part of it: those
-// cost that to write, to wait for and to merge. Measured on H100s, not in one run, 128 heads, 128 requests: of 8K 572 to 576 us
-// with 253 cells a lane, 515 to 525 with 260 (two requests each); of 4K 329, and 275 to 278. With 16 heads, 16 requests of 64K,
-// it makes no difference.
+// How much more than an equal share the busiest lane may get in the even division, if that spares everybody the merge, as a
+// part of it and, with one unit a lane, in tiles. Measured on H100s, not in one run, 128 heads, 128 requests: of 8K 572 to
+// 576 us with 253 cells a lane, 515 to 525 with 260 (two requests each); of 4K 329, and 275 to 278. On an H200, in one run, 16
+// heads, 120 requests, in a row and evenly: of 2K 81.1 and 77.6 us, of 8K (11 tiles more) 271.8 and 278.8; 110 of 1K 44.2 and
+// 40.9. Where lanes share units in any case, an equal share wins: 24 requests of 8K (2 tiles more) 64.0 and 65.4, of 16K (5
+// more) 113.7 and 119.4, 40 of 4K (2 more) 55.7 and 56.8; with equal shares the even division: 16 requests of 16K 78.8 and 77.7.
 constexpr int EVEN_SLACK_LOG2 = 3;
-// And in tiles, where lanes share units and merge them in any case. Measured in one run on an H100, 16 heads, at any place and
-// evenly: 40 requests of 8K (3 tiles more) 145.0 and 142.1 us, of 32K (15 more) 517.6 and 525.9; 24 requests of 8K (2 more)
-// 94.5 and 91.4, of 32K (9 more) 317.5 and 321.1.
-constexpr int SHARED_SLACK = 6;
+constexpr int WHOLE_SLACK = 6;
 
 // How the tiles are divided, found by the prologue (schedule.py: divide).
 //   even       every unit gets the same number of lanes, every lane at most one segment; with more units than lanes every lane
@@ -388,6 +388,7 @@ constexpr bool PROGRESS_IN_MEMORY = __CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_M
 struct SharedUnit {
     int request, pass;
     int first_lane, members;
+    int mergers;  // the first of the members: all, but the last one only if this unit is also the last of its lane
 };
 
 constexpr int SHARED_LIMIT = 232448;
@@ -396,12 +397,15 @@ constexpr int FIXED_BYTES =
     (PROGRESS_IN_MEMORY ? THREADS / 32 : 1) * sizeof(Progress) + 2 * sizeof(SharedUnit) + 9 * 8;
 constexpr int SLOTS = (SHARED_LIMIT - FIXED_BYTES) / (CHUNK_BYTES + 2 * 8);
 // Chunks of its next tile that a warpgroup multiplies before it turns to the tile in between: products for the time of the
-// other's softmax, but with 64 rows the tile in between holds half of the ring and should not wait for the last of them.
-// Measured with 9, 6, 5, 3 chunks: 64 heads, 128 requests of 4K, 167, 161, 159, 158 us; 128 heads, 8K, 562, 542, 534, 542.
+// other's softmax, but until the last of them is there, half of the tile in between stays in the ring, and with it, as slots
+// are used in turns, all of it. Up to 16 rows the ring is large enough. Measured with 9, 6, 5, 3 chunks: 64 heads, 128
+// requests of 4K, 167, 161, 159, 158 us; 128 heads, 8K, 562, 542, 534, 542. To go on until P^T of the tile in between is there,
+// by a vote of the warpgroup before every 1, 3, 5 or 9 chunks, takes up to 30 percent longer where products are scarce.
 // With IN_TURNS what is left of a tile's scores goes before the first chunks of the next tile. Measured on an H200, 5 chunks
 // without, 4 chunks with: 64 heads 157.1 and 154.6 us, 128 heads 505.1 and 502.6, 32 requests of 8K with 4 queries each 86.1
-// and 85.2; and with the chunks asked for one ahead 495.7 with 128 heads.
-constexpr bool IN_TURNS = ROWS > 32;
+// and 85.2; and with the chunks asked for one ahead 495.7 with 128 heads. 9 chunks, 4 without, 4 with: 32 heads 149.2, 145.7
+// and 145.1 us; the same with 16 requests of 16K on 32 SMs 200.2, 193.3 and 191.9.
+constexpr bool IN_TURNS = ROWS > 16;
 constexpr int SPLIT_CHUNKS = IN_TURNS ? TILE_CHUNKS / 2 : TILE_CHUNKS;
 static_assert(SLOTS >= 2 * TILE_CHUNKS - ROPE_CHUNKS, "two tiles have to fit, less what is free after the scores");
 
@@ -537,7 +541,7 @@ __device__ __forceinline__ Walk find_walk(const Params& p, int lane, Start& star
     start.gap = total > p.lanes ? SWITCH_TILES : 0;
     start.cells = total + start.gap * (GENERAL ? int(__reduce_add_sync(~0u, units)) : p.batch * p.passes);
     const int in_a_row = p.by_lanes(start.cells + p.lanes - 1);
-    const int slack = min(in_a_row >> EVEN_SLACK_LOG2, p.share ? SHARED_SLACK : in_a_row);
+    const int slack = p.share > 1 ? 0 : min(in_a_row >> EVEN_SLACK_LOG2, p.share ? WHOLE_SLACK : in_a_row);
     const i64 evenly = p.share ? p.by_share(longest + p.share - 1) : i64(p.stack) * (longest + start.gap);
     start.even = (!GENERAL || longest < TOO_LONG) && evenly <= in_a_row + slack;
     if (start.even) {
@@ -1318,37 +1322,37 @@ struct MergedTarget {
     }
 };
 
-// The part of a shared unit that falls to member `member`, of pieces or of stripes: STRIPE_BLOCKS pieces of a column group that
+// The part of a shared unit that falls to merger `merger`, of pieces or of stripes: STRIPE_BLOCKS pieces of a column group that
 // one warp left.
-//   few members    stripes member, member + members, ...: their statistics are loaded once for all pieces, and those of a few
+//   few members    stripes merger, merger + mergers, ...: their statistics are loaded once for all pieces, and those of a few
 //                  members are as many loads as a warp can wait for together
-//   many           pieces member, member + members, ...; where that leaves warps without one, several divide the members of a
+//   many           pieces merger, merger + mergers, ...; where that leaves warps without one, several divide the members of a
 //                  piece among them
 // Measured in one run on an H100, pieces alone and both: mixed lengths 75.4 and 73.2 us, 32 requests of 2K 36.4 and 35.8, of 8K
 // with 4 queries each 119.1 and 116.1. Pairs of pieces rather than fours, 16 rows: 32 requests of 512 tokens 17.6 and 17.1.
 template <typename Arrived>
 __device__ __forceinline__ void merge_part(const Params& p, Shared& s, const SharedUnit& unit, int index, int row_group,
-                                           int member, const Arrived& arrived) {
+                                           int merger, const Arrived& arrived) {
     constexpr int STRIPE_BLOCKS = ROWS <= 16 ? 2 : OWN_BLOCKS;
     constexpr int STRIPE_MEMBERS = HALF_PARTIALS ? 4 : 3;  // in flight together
     constexpr int PIECE_MEMBERS = 8;                       // likewise
-    const int members = unit.members;
+    const int members = unit.members, mergers = unit.mergers;
     // Of columns that exist.
     const int pieces = (row_tile_of(p, unit.request, unit.pass, row_group).count + 7) / 8 * GROUP_PIECES;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    // In stripes a warp waits members / STRIPE_MEMBERS times, else for each of its pieces / (CONSUMER_WARPS * members).
-    const bool many = CONSUMER_WARPS * members * members >= STRIPE_MEMBERS * MERGE_PIECES;
+    // In stripes a warp waits members / STRIPE_MEMBERS times, else for each of its pieces / (CONSUMER_WARPS * mergers).
+    const bool many = CONSUMER_WARPS * mergers * members >= STRIPE_MEMBERS * MERGE_PIECES;
     if (many) {
-        const int share_log2 = member + 4 * members < pieces   ? 0
-                               : member + 2 * members < pieces ? 1
-                               : member + members < pieces     ? 2
+        const int share_log2 = merger + 4 * mergers < pieces   ? 0
+                               : merger + 2 * mergers < pieces ? 1
+                               : merger + mergers < pieces     ? 2
                                                                : 3;
         const int helpers = 1 << share_log2;  // warps that divide a piece; if there are several, there is one round
         const int helper = warp & (helpers - 1);
         const int from = members * helper >> share_log2, to = members * (helper + 1) >> share_log2;
 #pragma unroll 1
-        for (int first = member; first < pieces; first += (CONSUMER_WARPS >> share_log2) * members) {
-            const u32 piece = first + (warp >> share_log2) * members;
+        for (int first = merger; first < pieces; first += (CONSUMER_WARPS >> share_log2) * mergers) {
+            const u32 piece = first + (warp >> share_log2) * mergers;
             const MergedTarget target(p, unit, row_group, piece);
             Merged<1> m;
             if (int(piece) >= pieces ? !arrived()
@@ -1381,7 +1385,7 @@ __device__ __forceinline__ void merge_part(const Params& p, Shared& s, const Sha
         return;
     }
 #pragma unroll 1
-    for (int stripe = member + warp * members; stripe < pieces / STRIPE_BLOCKS; stripe += CONSUMER_WARPS * members) {
+    for (int stripe = merger + warp * mergers; stripe < pieces / STRIPE_BLOCKS; stripe += CONSUMER_WARPS * mergers) {
         constexpr int OF_GROUP = GROUP_PIECES / STRIPE_BLOCKS;
         const u32 in_group = stripe % OF_GROUP;
         const u32 piece = stripe / OF_GROUP * GROUP_PIECES + in_group % CONSUMER_WARPS +
@@ -1411,9 +1415,9 @@ __device__ __forceinline__ bool all_arrived(u32 arrivals, const SharedUnit& unit
     return (arrivals & ARRIVED) == u32(unit.members);
 }
 
-// After a CTA's own segments everybody merges its part of a shared unit as soon as all members have arrived. A member that
-// waits too long (the others may not even be running, when something else occupies their SMs) leaves its part to those who
-// see the arrivals complete. The last to arrive always does, so whatever else the GPU does, somebody gets everything done.
+// After a CTA's own segments every merger merges its part of a shared unit as soon as all members have arrived. One that waits
+// too long (the others may not even be running, when something else occupies their SMs) leaves its part to the members who see
+// the arrivals complete. The last to arrive always does, so whatever else the GPU does, somebody gets everything done.
 __device__ __forceinline__ void merge_unit(const Params& p, Shared& s, int index, int lane, int row_group) {
     const SharedUnit unit = s.shared_units[index];
     const int own = lane - unit.first_lane;
@@ -1424,29 +1428,37 @@ __device__ __forceinline__ void merge_unit(const Params& p, Shared& s, int index
         arrivals = s.arrivals[index];
         return all_arrived(arrivals, unit);
     };
-    // First the own part, then, should anybody have given up, the parts of those.
+    // First the own part, if there is one, then, should anybody have given up, the parts of those.
+    constexpr int OWN_TURN = -1;
 #pragma unroll 1
-    for (int turn = 0; turn <= unit.members; ++turn) {
-        const int part = turn == 0 ? own : turn - 1;
-        if (turn > 0) {
-            if (part == own) continue;
-            const volatile u32* gave_up = gave_up_word(p, unit, part, row_group);
+    for (int turn = own < unit.mergers ? OWN_TURN : 0; turn < unit.mergers; ++turn) {
+        if (turn != OWN_TURN) {
+            if (!arrived() || arrivals < GAVE_UP) return;
+            if (turn == own) continue;
+            const volatile u32* gave_up = gave_up_word(p, unit, turn, row_group);
             // One thread looks for all: a member that finds out too late that everybody has arrived may write at this moment.
             if (!named_barrier_any<CONSUMER_BARRIER, CONSUMERS>(threadIdx.x == 0 && *gave_up)) continue;
+            // The shares are about to be written anew. The vote sees to their readers too, but racecheck does not follow it.
+            named_barrier<CONSUMER_BARRIER, CONSUMERS>();
         }
-        merge_part(p, s, unit, index, row_group, part, arrived);
-        if (!arrived() || arrivals < GAVE_UP) return;
-        named_barrier<CONSUMER_BARRIER, CONSUMERS>();  // before the shares are written anew
+        merge_part(p, s, unit, index, row_group, turn == OWN_TURN ? own : turn, arrived);
     }
     if (threadIdx.x == 0) depart(p, unit, row_group);
 }
 
-// The lanes that share the unit of a segment of `lane`.
+// The lanes that share the unit of a segment of `lane`, and those that merge it. A lane that goes on to another unit would
+// merge both, one after the other, when everything else is done: it leaves this one to those before it. Measured in one run on
+// an H200, mixed lengths: 62.5 and 61.4 us, 64.6 and 64.0.
 __device__ __forceinline__ SharedUnit shared_unit(const Params& p, const Start& start, const Walk& walk, int lane) {
-    if (start.even) return {walk.request, walk.pass, p.by_share(lane) * p.share, min(p.share, walk.unit_tiles)};
+    if (start.even) {
+        const int members = min(p.share, walk.unit_tiles);
+        return {walk.request, walk.pass, p.by_share(lane) * p.share, members, members};
+    }
     const Division division(start.cells, p.lanes, p.by_lanes);
-    const int first = division.lane_of(walk.unit_begin);
-    return {walk.request, walk.pass, first, division.lane_of(walk.unit_begin + walk.unit_tiles - 1) - first + 1};
+    const int end = walk.unit_begin + walk.unit_tiles;
+    const int first = division.lane_of(walk.unit_begin), last = division.lane_of(end - 1);
+    const bool goes_on = division.begin(last + 1) > end + start.gap;
+    return {walk.request, walk.pass, first, last - first + 1, last - first + (goes_on ? 0 : 1)};
 }
 
 __device__ __forceinline__ void coordinate(const Params& p, Shared& s, const Progress& start_of_lane) {
@@ -1486,7 +1498,8 @@ __device__ __forceinline__ void coordinate(const Params& p, Shared& s, const Pro
         u32* arrivals = counter_of(p, unit.first_lane, now->row_group);
         const i64 begin = clock64();
         u32 seen = load_acquire(arrivals);
-        while (!all_arrived(seen, unit)) {
+        // Who has no part looks once, in case it was the last to arrive.
+        while (!all_arrived(seen, unit) && now->lane - unit.first_lane < unit.mergers) {
             if (clock64() - begin > p.patience) {
                 *gave_up_word(p, unit, now->lane - unit.first_lane, now->row_group) = 1;
                 seen = atomic_add_acq_rel(arrivals, GAVE_UP);

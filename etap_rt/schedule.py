@@ -24,9 +24,9 @@ from dataclasses import dataclass
 TILE_KEYS = 64
 ROW_TILES = (8, 16, 24, 32, 64)
 MAX_ROW_GROUPS = 8
-SWITCH_TILES = 2  # what a lane loses by starting on another unit, measured in tiles of an H200
-EVEN_SLACK_LOG2 = 3  # what units that are divided at any place cost, as a part of a lane's work: see mla_decode.cu
-SHARED_SLACK = 6  # at most so many tiles where lanes share units in any case
+SWITCH_TILES = 4  # what a lane loses by starting on another unit, measured in tiles of an H200
+EVEN_SLACK_LOG2 = 3  # what it costs to merge units that need not be, as a part of a lane's work: see mla_decode.cu
+WHOLE_SLACK = 6  # at most so many tiles with one unit a lane
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +83,9 @@ def divide(seqlens: Sequence[int], grid: Grid, may_be_even: bool = True) -> list
     Evenly: every unit gets the same number of lanes, every lane at most one segment; with more units than lanes every
     lane gets the same number of units. That is best for requests of about the same length. Otherwise all units stand in
     a row in the order (request, pass), SWITCH_TILES empty cells before each to pay for the switch, and every lane gets
-    the same number of cells. The even division is taken if it `may_be_even` and leaves at most an eighth more to the
-    busiest lane, where lanes share units at most SHARED_SLACK tiles. Returns one list of segments a lane.
+    the same number of cells. The even division is taken if it `may_be_even` and leaves no more to the busiest lane than
+    the other; if it leaves every unit whole, so that nothing has to be merged, an eighth more, with one unit a lane at
+    most WHOLE_SLACK tiles. Returns one list of segments a lane.
     """
     units = [(r, p, unit_tiles(n)) for r, n in enumerate(seqlens) for p in range(grid.passes)]
     if not units:
@@ -96,7 +97,7 @@ def divide(seqlens: Sequence[int], grid: Grid, may_be_even: bool = True) -> list
     share, stack = grid.lanes // len(units), -(-len(units) // grid.lanes)
     in_a_row = -(-cells // grid.lanes)
     evenly = -(-longest // share) if share else stack * (longest + gap)
-    slack = min(in_a_row >> EVEN_SLACK_LOG2, SHARED_SLACK if share else in_a_row)
+    slack = 0 if share > 1 else min(in_a_row >> EVEN_SLACK_LOG2, WHOLE_SLACK if share else in_a_row)
     if may_be_even and evenly <= in_a_row + slack:
         return _share_out(units, grid, share) if share else _stack(units, grid, stack)
     return _divide_in_a_row(units, grid, gap, cells)

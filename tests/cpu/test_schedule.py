@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from etap_rt.schedule import (
     MAX_ROW_GROUPS,
     ROW_TILES,
-    SHARED_SLACK,
     SWITCH_TILES,
     TILE_KEYS,
+    WHOLE_SLACK,
     Grid,
     Segment,
     divide,
@@ -90,11 +90,12 @@ def test_no_lane_has_more_than_an_eighth_more_than_its_part(lengths: list[int], 
 @example([64_000] * 16, H200)
 @example([8192] * 128, Grid(rows=64, row_groups=2, passes=1, lanes=66))
 @example([8192] * 40, H200)
-@example([32768] * 40, H200)
+@example([8192] * 120, H200)
+@example([2048] * 120, H200)
 def test_no_unit_is_divided_at_any_place_where_the_even_division_costs_little(lengths: list[int], grid: Grid) -> None:
     in_a_row = cells_of_a_lane(lengths, grid)
-    shared = len(lengths) * grid.passes <= grid.lanes
-    accepted = min(in_a_row // 8, SHARED_SLACK) if shared else in_a_row // 8
+    lanes_of_a_unit = grid.lanes // (len(lengths) * grid.passes)
+    accepted = {0: in_a_row // 8, 1: min(in_a_row // 8, WHOLE_SLACK)}.get(lanes_of_a_unit, 0)
     if cells_of_a_lane_evenly(lengths, grid) > in_a_row + accepted:
         return
     for segments in divide(lengths, grid):
@@ -115,9 +116,19 @@ def test_lanes_that_would_be_left_over_are_worth_a_change_of_units() -> None:
     assert all(work)
 
 
-def test_a_few_lanes_are_left_over_rather_than_change_units() -> None:
-    """16 requests of 1000 tiles on 132 lanes: 125 on each of 128 lanes, not 122 on all and twice as much to merge."""
-    assert [tiles_of(segments) for segments in divide([64_000] * 16, H200)] == [125] * 128 + [0] * 4
+def test_all_lanes_are_used_where_that_gives_each_less() -> None:
+    """16 requests of 1000 tiles on 132 lanes: 122 at most on all of them, where 8 lanes a request would have 125."""
+    work = divide([64_000] * 16, H200)
+    assert max(map(tiles_of, work)) == 122
+    assert all(work)
+
+
+def test_lanes_are_left_over_rather_than_merge_units_that_one_lane_could_have() -> None:
+    """120 requests of 32 tiles: one on each of 120 lanes, not 33 cells on all; of 128 tiles 120 cells, not 8 more."""
+    assert [tiles_of(segments) for segments in divide([2048] * 120, H200)] == [32] * 120 + [0] * 12
+    longer = divide([8192] * 120, H200)
+    assert max(map(tiles_of, longer)) <= 120
+    assert all(longer)
 
 
 @pytest.mark.parametrize(
@@ -128,14 +139,6 @@ def test_cases_that_are_to_have_two_requests_a_lane_have_them(case: Case) -> Non
     loads = divide(case.lengths, plan_grid(round(queries * case.heads), H200.lanes))
     assert max(map(len, loads)) == 2
     assert all(segment.first_lane == segment.last_lane for segments in loads for segment in segments)
-
-
-def test_where_lanes_share_units_the_busiest_may_have_a_few_tiles_more() -> None:
-    """40 requests on 132 lanes: of 8K 43 tiles on each of 120 lanes, not 39; of 32K 156 on all, not 171 on 120."""
-    assert max(map(tiles_of, divide([8192] * 40, H200))) == 43
-    longer = divide([32768] * 40, H200)
-    assert max(map(tiles_of, longer)) <= 156
-    assert all(longer)
 
 
 def test_with_more_units_than_lanes_a_lane_has_whole_units() -> None:
