@@ -274,7 +274,7 @@ def test_a_merge_whose_members_give_up_waiting_gives_the_same_bits(case: Case, m
     with monkeypatch.context() as patch:
         other = OtherWork()
         for i in range(60):
-            # From everybody to hardly anybody gives up: a lane that shares two units may give up on either.
+            # From everybody to hardly anybody gives up.
             patch.setattr(decode, "PATIENCE", (0, 1_000, 4_000, 16_000)[i % 4])
             if i % 3 == 2:
                 other.add(2)
