@@ -183,6 +183,32 @@ def test_a_lane_shares_only_its_first_and_its_last_segment(lengths: list[int], g
         assert [(s.request, s.pass_index) for s in own] == sorted({(s.request, s.pass_index) for s in own})
 
 
+@given(lengths_of_a_batch.filter(bool), grids)
+@example([64_000] * 16, H200)
+@example([8192] * 24, H200)
+@example([0] * 200, H200)
+def test_a_shared_unit_is_merged_by_those_of_its_lanes_that_end_with_it(lengths: list[int], grid: Grid) -> None:
+    """What the kernel's shared_unit counts on, and its formula for whether the last of them goes on to another unit.
+
+    So there is always somebody to merge, and nobody has more than one unit to merge.
+    """
+    work = divide(lengths, grid, may_be_even=False)
+    total = sum(map(tiles_of, work))
+    gap = SWITCH_TILES if total > grid.lanes else 0
+    cells = total + gap * len(lengths) * grid.passes
+    lanes = min(grid.lanes, cells)
+    end = 0  # cell after the unit's last tile
+    for request, length in enumerate(lengths):
+        for pass_index in range(grid.passes):
+            unit = request, pass_index
+            end += gap + unit_tiles(length)
+            members = [lane for lane, own in enumerate(work) if unit in {(s.request, s.pass_index) for s in own}]
+            mergers = [lane for lane in members if (work[lane][-1].request, work[lane][-1].pass_index) == unit]
+            goes_on = lane_begin(members[-1] + 1, cells, lanes) > end + gap
+            assert mergers == (members[:-1] if goes_on else members)
+            assert mergers or len(members) == 1
+
+
 @given(st.data())
 def test_lane_of_is_the_inverse_of_lane_begin(data: st.DataObject) -> None:
     total = data.draw(st.integers(1, 2**31 - 1))
