@@ -7,20 +7,26 @@
 // One CTA on each SM walks over its share of all key tiles (see schedule.py for the vocabulary). Its actors:
 //
 //   producer, three warps      bring key tiles in chunks of 64 dims x 64 keys (8 KiB) through a ring of SLOTS chunks
-//   warpgroups 0 and 1         take turns at the scores and softmax of a tile (even and odd tiles), publish P^T to each
-//                              other, and each accumulates one half of the latent dims of O^T for every tile
+//   warpgroups 0 and 1         take the scores and softmax of even and odd tiles. Either they publish P^T to each other, and
+//                              each accumulates one half of the latent dims of O^T for every tile; or, with OWN_TILES, each
+//                              accumulates all dims for its own, and they exchange halves at the end of a segment
 //   coordinator, one warp      tells other CTAs when this one's partial results are there, waits for theirs
 //
 // Shared memory               written by                read by               between them
 //   ring[slot]                producer                  wgmma                 chunk_full (bytes, or lanes of the producing
 //                                                                             warp), chunk_empty (4 warps)
+//                             a warpgroup, its half of  the other             sums_full, chunk_empty
+//                             the other's O^T
 //   q                         warpgroup 0               wgmma                 CONSUMER_BARRIER, q_empty (everyone below)
 //   p[w]                      warpgroup w               wgmma of both         p_full[w] (7 threads); free again because w
 //                                                                             waits for the other's next P^T first
+//                                                       or of w               the warpgroup's barrier
 //   reference, factor[w],     warpgroup w               both                  p_full[w]
 //   rescale[w]
-//   sums (where q was)        both warpgroups           both, coordinator     sums_full (256 threads and the coordinator's
-//                                                                             first lane), q_empty (256 threads and the
+//   reference[w]              warpgroup w               w                     the warpgroup's barrier
+//                                                       both, coordinator     sums_full, q_empty
+//   sums (where q was, or     both warpgroups           both, coordinator     sums_full (256 threads and the coordinator's
+//   apart)                                                                    first lane), q_empty (256 threads and the
 //                                                                             coordinator's 32)
 //   partial results           both warpgroups           coordinator           elements_left (8 warps), for its arrival
 //   start, walk               coordinator               everyone              __syncthreads
@@ -28,11 +34,12 @@
 //   arrivals                  coordinator               both                  met (the coordinator's first lane)
 //   shares (ring)             both warpgroups           both                  CONSUMER_BARRIER
 //
-// Constants: IS_BF16, LATENT_DIM, ROPE_DIM, ROWS of a row tile, and GENERAL, without which there are no ragged queries, no
-// page lists and no pages smaller than a tile: a launch fetches all its instructions anew, some 60 cycles for eight of them.
+// Constants: IS_BF16, LATENT_DIM, ROPE_DIM, ROWS of a row tile, OWN_TILES (see below), and GENERAL, without which there are no
+// ragged queries, no page lists and no pages smaller than a tile: a launch fetches all its instructions anew, some 60 cycles
+// for eight of them.
 //
-// A unit whose tiles are divided over several lanes leaves partial results in the workspace; the lanes that shared it
-// meet at a counter and merge it together, each a fixed part, in the order of the lanes.
+// A unit whose tiles are divided over several lanes leaves partial results in the workspace; the lanes that shared it meet at a
+// counter, and those that end with it merge it together, each a fixed part, in the order of the lanes.
 
 #include "hopper/async_copy.cuh"
 #include "hopper/matrix.cuh"
@@ -60,12 +67,25 @@ constexpr int CHUNK_BYTES = TILE_KEYS * CHUNK_DIMS * 2;
 constexpr int LATENT_CHUNKS = LATENT_DIM / CHUNK_DIMS;
 constexpr int ROPE_CHUNKS = ROPE_DIM / CHUNK_DIMS;
 constexpr int TILE_CHUNKS = ROPE_CHUNKS + LATENT_CHUNKS;  // in this order: rope chunks are free first
-constexpr int OWN_BLOCKS = LATENT_CHUNKS / 2;             // blocks of 64 dims of O^T that a warpgroup accumulates
+constexpr int OWN_BLOCKS = LATENT_CHUNKS / 2;             // blocks of 64 dims of O^T that a warpgroup is to finish
 constexpr int COLUMN_GROUPS = ROWS / 8;                   // columns of S^T and O^T come in groups of eight
 constexpr int Q_CHUNK_BYTES = ROWS * CHUNK_DIMS * 2;
 constexpr int P_BYTES = ROWS * TILE_KEYS * 2;
 constexpr int GROUP_PIECES = LATENT_CHUNKS * 4;  // of 16 dims x 8 columns: [block of 64 dims][warp]
 constexpr int MERGE_PIECES = COLUMN_GROUPS * GROUP_PIECES;
+
+// How the warpgroups divide the work.
+//   otherwise   each takes the scores and the softmax of every other tile and accumulates its half of the dims for every tile
+//   OWN_TILES   each sees to every other tile alone, to all dims of it, and what the two have accumulated comes together at the
+//               end of a segment: less waiting for each other, which is what there is to gain where memory brings tiles faster
+//               than they are multiplied, and more instructions at the end. Up to 32 rows: more would not fit in the registers
+// schedule.py decides. Measured in one run on an H200, 16 requests of 16K, without and with: on 32 SMs 8 rows 140.6 and 116.3
+// us, 16 152.7 and 127.5, 24 182.3 and 141.6, 32 190.9 and 155.5, 16 in fp16 165.5 and 153.3; 16 rows on 48 SMs 108.8 and 93.4,
+// 64 88.8 and 81.1, 72 87.0 and 81.8, 80 84.5 and 84.2; 32 rows on 80 SMs 87.5 and 86.0; one request of 2K on 32 SMs 11.0 and
+// 11.6. In others 96 SMs 82.7 and 85.1, 132 SMs 78.0 and 77.3, there 16 requests of 512 12.6 and 13.4, one 11.2 and 13.0.
+static_assert(!OWN_TILES || ROWS <= 32, "registers for all dims of O^T");
+constexpr int OUTPUT_BLOCKS = OWN_TILES ? LATENT_CHUNKS : OWN_BLOCKS;  // that a warpgroup accumulates
+constexpr __device__ int own(int b) { return OWN_TILES ? 2 * b : b; }  // which of them is the b-th that it is to finish
 
 constexpr int WARPGROUP = 128;
 constexpr int CONSUMERS = 2 * WARPGROUP;
@@ -98,11 +118,18 @@ constexpr int PARTIAL_TOP = 14;
 using Quad = Select<HALF_PARTIALS, uint2, float4>::Type;
 constexpr float MOST_FINITE = 3.402823466e38f;
 
+constexpr int REFERENCES = OWN_TILES ? 2 : 1;  // one of each warpgroup, or one for both
+
+// Sums of P^T at the end of a segment, [column][warp]. If the warpgroups share tiles they lie where Q was, which nobody needs
+// any more: every score of the segment was published before.
+using ColumnSums = float4[ROWS][CONSUMER_WARPS / 4];
+struct WithQueries {};
+
 struct Statistics {
-    alignas(16) float warp_max[ROWS][4];  // of the warps of a warpgroup, while it takes the maxima of a tile's columns
-    float reference[ROWS];  // log2 domain; P^T = 2^(x - reference)
-    float factor[2][ROWS];  // of the rescaling before an even, an odd tile
-    int rescale[2];         // whether there is one
+    alignas(16) float warp_max[REFERENCES][ROWS][4];  // of a warpgroup's warps, while it takes the maxima of a tile's columns
+    float reference[REFERENCES][ROWS];  // log2 domain; P^T = 2^(x - reference)
+    float factor[2][ROWS];              // of the rescaling before an even, an odd tile; not with OWN_TILES
+    int rescale[2];                     // whether there is one
 };
 
 // Division by a number d that the host knows, 2^(shift - 1) < d <= 2^shift: floor(n * multiplier / 2^(31 + shift)) with
@@ -171,9 +198,9 @@ struct Params {
     u64* trace;          // [CTA][TRACE_WORDS], with TRACE
 };
 
-// Of the unit that starts in a lane: arrivals, departures. Of the lane itself: whether it gave up waiting for the unit it
-// continues, for the unit it starts.
-constexpr int COUNTER_WORDS = 4;
+// Of the unit that starts in a lane: arrivals, departures. Of the lane itself: whether it gave up waiting for the unit that it
+// is to merge.
+constexpr int COUNTER_WORDS = 3;
 
 __device__ __forceinline__ u32* counter_of(const Params& p, int lane, int row_group) {
     return p.counters + (lane * p.row_groups + row_group) * COUNTER_WORDS;
@@ -393,7 +420,8 @@ struct SharedUnit {
 
 constexpr int SHARED_LIMIT = 232448;
 constexpr int FIXED_BYTES =
-    TILE_CHUNKS * Q_CHUNK_BYTES + 2 * P_BYTES + sizeof(Statistics) + sizeof(Start) + sizeof(Walk) +
+    TILE_CHUNKS * Q_CHUNK_BYTES + 2 * P_BYTES + sizeof(Statistics) +
+    sizeof(Select<OWN_TILES, ColumnSums, WithQueries>::Type) + sizeof(Start) + sizeof(Walk) +
     (PROGRESS_IN_MEMORY ? THREADS / 32 : 1) * sizeof(Progress) + 2 * sizeof(SharedUnit) + 9 * 8;
 constexpr int SLOTS = (SHARED_LIMIT - FIXED_BYTES) / (CHUNK_BYTES + 2 * 8);
 // Chunks of its next tile that a warpgroup multiplies before it turns to the tile in between: products for the time of the
@@ -408,6 +436,10 @@ constexpr int SLOTS = (SHARED_LIMIT - FIXED_BYTES) / (CHUNK_BYTES + 2 * 8);
 constexpr bool IN_TURNS = ROWS > 16;
 constexpr int SPLIT_CHUNKS = IN_TURNS ? TILE_CHUNKS / 2 : TILE_CHUNKS;
 static_assert(SLOTS >= 2 * TILE_CHUNKS - ROPE_CHUNKS, "two tiles have to fit, less what is free after the scores");
+
+// Chunks of its last tile in which a warpgroup with OWN_TILES leaves its share of the other's dims, in fp32.
+constexpr int EXCHANGE_CHUNKS = (OWN_BLOCKS * CHUNK_DIMS * ROWS * 4 + CHUNK_BYTES - 1) / CHUNK_BYTES;
+static_assert(!OWN_TILES || SLOTS >= 2 * TILE_CHUNKS, "from a tile to the one after next is once round the ring at most");
 
 struct Shared {
     unsigned char ring[SLOTS][CHUNK_BYTES];
@@ -424,6 +456,7 @@ struct Shared {
     SharedUnit shared_units[2];
     u32 arrivals[2];  // of the shared units, as the coordinator saw them last
     Statistics statistics;
+    Select<OWN_TILES, ColumnSums, WithQueries>::Type sums;
 };
 static_assert(sizeof(Shared) <= SHARED_LIMIT, "shared memory of a CTA");
 
@@ -489,6 +522,10 @@ struct Place {
         const bool wrap = slot + chunks >= SLOTS;
         return {slot + chunks - (wrap ? SLOTS : 0), parity ^ u32(wrap)};
     }
+    __device__ __forceinline__ Place back(int chunks) const {
+        const bool wrap = slot < chunks;
+        return {slot - chunks + (wrap ? SLOTS : 0), parity ^ u32(wrap)};
+    }
 };
 
 // ---------------------------------------------------------------------------------------------- prologue
@@ -503,14 +540,14 @@ __device__ __forceinline__ void init_barriers(const Params& p, Shared& s, int wa
         mbarrier_init(shared_address(&s.chunk_empty[i]), 4);
     }
     if (warp < 2) {
-        mbarrier_init(shared_address(&s.p_full[warp]), 4 + 3);
+        if constexpr (!OWN_TILES) mbarrier_init(shared_address(&s.p_full[warp]), 4 + 3);
         mbarrier_init(shared_address(&s.met[warp]), 1);
     }
     if (warp == 2) {
         mbarrier_init(shared_address(&s.sums_full), CONSUMERS + 1);
         mbarrier_init(shared_address(&s.q_empty), CONSUMERS + 32);
         mbarrier_init(shared_address(&s.elements_left), CONSUMER_WARPS);
-        mbarrier_init(shared_address(&s.turn), WARPGROUP / 32);
+        if constexpr (!OWN_TILES) mbarrier_init(shared_address(&s.turn), WARPGROUP / 32);
     }
     mbarrier_init_fence();
 }
@@ -774,17 +811,47 @@ __device__ __forceinline__ void copy_queries(const Params& p, Shared& s, int req
 // instructions for each.
 constexpr bool ACCUMULATORS_CLEARED = __CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ < 9;
 
+__device__ __forceinline__ ColumnSums& sums_of(Shared& s) {
+    return *reinterpret_cast<ColumnSums*>(OWN_TILES ? static_cast<void*>(&s.sums) : static_cast<void*>(s.q));
+}
+
+// A column at the end of a segment, of both warpgroups together.
+struct Column {
+    float reference, sum;
+    float factors[2];  // with OWN_TILES: from each warpgroup's reference to this one
+
+    __device__ __forceinline__ float factor(int warpgroup) const { return warpgroup == 0 ? factors[0] : factors[1]; }
+    __device__ __forceinline__ Column(Shared& s, int n) {
+        const auto sum_of = [&](int w) {
+            const float4 v = sums_of(s)[n][w];
+            return (v.x + v.y) + (v.z + v.w);
+        };
+        const auto& references = s.statistics.reference;
+        reference = references[0][n];
+        if constexpr (OWN_TILES) {
+            reference = fmaxf(reference, references[1][n]);
+            const float safe = fmaxf(reference, -MOST_FINITE);
+#pragma unroll
+            for (int w = 0; w < 2; ++w) factors[w] = exp2_approx(references[w][n] - safe);
+            sum = factors[0] * sum_of(0) + factors[1] * sum_of(1);
+        } else {
+            sum = sum_of(0) + sum_of(1);
+        }
+    }
+};
+
 // One warpgroup's view of the pipeline.
 struct Consumer {
     const Params& p;
     Shared& s;
     const int warpgroup, warp, lane;  // warp within the warpgroup, lane within the warp
     Place here = {0, 0};              // of the first chunk of the tile at hand
+    Place theirs = {0, 0};            // with OWN_TILES: of the other's last one of a segment
     u32 p_phase = 0;                  // bit w: parity of the next P^T of warpgroup w; bit 2: of the next turn
 
-    float o[OWN_BLOCKS][ROWS / 2];  // O^T, see wgmma for the layout
-    float x[ROWS / 2];              // S^T
-    float sums[COLUMN_GROUPS][2];   // of this thread's keys, this warpgroup's tiles
+    float o[OUTPUT_BLOCKS][ROWS / 2];  // O^T, see wgmma for the layout
+    float x[ROWS / 2];                 // S^T
+    float sums[COLUMN_GROUPS][2];      // of this thread's keys, this warpgroup's tiles
 
     __device__ __forceinline__ Consumer(const Params& params, Shared& shared)
         : p(params),
@@ -796,10 +863,13 @@ struct Consumer {
     // Column of element e of a column group that this thread holds.
     __device__ __forceinline__ int column(int group, int e) const { return group * 8 + lane % 4 * 2 + e % 2; }
 
-    // This warpgroup's b-th block of latent dims: in turns, so that chunks are done with in the order in which the ring
-    // brings new ones.
-    __device__ __forceinline__ int own_block(int b) const { return 2 * b + warpgroup; }
-    __device__ __forceinline__ int own_chunk(int b) const { return ROPE_CHUNKS + own_block(b); }
+    // The block of latent dims that o[n] holds: every other one is this warpgroup's to finish, so that chunks are done with in
+    // the order in which the ring brings new ones.
+    static __device__ __forceinline__ int block_of(int warpgroup, int n) {
+        return OWN_TILES ? n ^ warpgroup : 2 * n + warpgroup;
+    }
+    __device__ __forceinline__ int block(int n) const { return block_of(warpgroup, n); }
+    __device__ __forceinline__ int chunk(int n) const { return ROPE_CHUNKS + block(n); }
 
     __device__ __forceinline__ void release(const Place& place) {
         if (lane == 0) mbarrier_arrive(shared_address(&s.chunk_empty[place.slot]));
@@ -820,6 +890,36 @@ struct Consumer {
         fence_async_proxy();
     }
 
+    // Where the products of a tile's scores go on.
+    struct Cursor {
+        Place place;
+        u32 q;      // descriptor
+        u32 ready;  // 1 if the chunk is known to be there
+    };
+
+    __device__ __forceinline__ Cursor cursor(const Place& first, int chunk) const {
+        return {first.ahead(chunk), operand_descriptor(shared_address(s.q)) + chunk * (Q_CHUNK_BYTES >> 4), 0};
+    }
+
+    // S^T += K Q^T for chunk j, once it is there. What the next one needs is worked out beside the products, and whether it is
+    // there asked, as the answer takes a while. Measured on an H200, before them and beside: on 32 SMs, 16 requests of 16K, 16
+    // rows 151.9 and 147.1 us, 32 rows 190.3 and 188.5; 64 heads, 128 requests of 4K, 160.6 and 159.6.
+    __device__ __forceinline__ void multiply_chunk(Cursor& c, int j) {
+        mbarrier_wait_unless(c.ready, shared_address(&s.chunk_full[c.place.slot]), c.place.parity);
+        wgmma_fence();
+        const u32 k = slot_descriptor(c.place.slot);
+#pragma unroll
+        for (int step = 0; step < CHUNK_DIMS / 16; ++step) {
+            wgmma<ROWS, IS_BF16, false>(x, k + step * K_MAJOR_STEP, c.q + step * K_MAJOR_STEP,
+                                        ACCUMULATORS_CLEARED || step > 0 || j > 0);
+            if (step == 0) {
+                c.place = c.place.ahead(1);
+                c.ready = mbarrier_test(shared_address(&s.chunk_full[c.place.slot]), c.place.parity);
+            }
+        }
+        c.q += Q_CHUNK_BYTES >> 4;
+    }
+
     // S^T += K Q^T for chunks [from, to) of the tile that begins at `first`, as they arrive; complete on return. `begun` is
     // called when all of them are on their way.
     template <typename Begun>
@@ -828,25 +928,11 @@ struct Consumer {
 #pragma unroll
             for (int i = 0; i < ROWS / 2; ++i) x[i] = 0.0f;
         if (GENERAL && p.gather) fence_gathered(first, from, to);
-        Place place = first.ahead(from);
-        u32 q = operand_descriptor(shared_address(s.q)) + from * (Q_CHUNK_BYTES >> 4);
-        u32 ready = 0;  // with IN_TURNS whether the chunk at hand is there: asked one chunk ahead, as the answer takes a while
-#pragma unroll 1
-        for (int j = from; j < to; ++j) {
-            mbarrier_wait_unless(ready, shared_address(&s.chunk_full[place.slot]), place.parity);
-            if constexpr (IN_TURNS) {
-                const Place next = place.ahead(1);
-                ready = mbarrier_test(shared_address(&s.chunk_full[next.slot]), next.parity);
-            }
-            wgmma_fence();
-            const u32 k = slot_descriptor(place.slot);
-#pragma unroll
-            for (int step = 0; step < CHUNK_DIMS / 16; ++step)
-                wgmma<ROWS, IS_BF16, false>(x, k + step * K_MAJOR_STEP, q + step * K_MAJOR_STEP,
-                                            ACCUMULATORS_CLEARED || step > 0 || j > 0);
-            q += Q_CHUNK_BYTES >> 4;
-            place = place.ahead(1);
-        }
+        Cursor c = cursor(first, from);
+        // Measured on an H200, a loop and all chunks in a row, 16 requests of 16K on 32 SMs: 16 rows 132.5 and 128.2 us, 32
+        // rows 161.5 and 164.2.
+#pragma unroll (OWN_TILES && ROWS <= 16 ? TILE_CHUNKS : 1)
+        for (int j = from; j < to; ++j) multiply_chunk(c, j);
         wgmma_commit();
         begun();
         wgmma_wait<0>();
@@ -854,22 +940,25 @@ struct Consumer {
         trace(p, TRACE_FIRST_TILE);
     }
 
-    // O^T += V^T P^T for this warpgroup's dims of the tile at hand, and their chunks are released; complete on return.
-    __device__ __forceinline__ void multiply_output(int tile) {
-        const u32 weights = operand_descriptor(shared_address(s.p) + u32(tile & 1) * P_BYTES);
+    // O^T += V^T P^T for the tile at hand and the P^T of warpgroup `from`; complete on return. Its chunks are released, but
+    // with `keep` the last EXCHANGE_CHUNKS.
+    __device__ __forceinline__ void multiply_output(int from, bool accumulate, bool keep) {
+        const u32 weights = operand_descriptor(shared_address(s.p) + u32(from) * P_BYTES);
         wgmma_fence();
 #pragma unroll
-        for (int b = 0; b < OWN_BLOCKS; ++b) {
-            const u32 v = slot_descriptor(here.ahead(own_chunk(b)).slot);
+        for (int n = 0; n < OUTPUT_BLOCKS; ++n) {
+            const u32 v = slot_descriptor(here.ahead(chunk(n)).slot);
 #pragma unroll
             for (int step = 0; step < TILE_KEYS / 16; ++step)
-                wgmma<ROWS, IS_BF16, true>(o[b], v + step * M_MAJOR_STEP, weights + step * K_MAJOR_STEP,
-                                           step > 0 || tile > 0);
+                wgmma<ROWS, IS_BF16, true>(o[n], v + step * M_MAJOR_STEP, weights + step * K_MAJOR_STEP,
+                                           step > 0 || accumulate);
             wgmma_commit();
         }
         // Each chunk goes back to the producer as soon as its own products end, rather than with the others of the tile.
         // Measured: 128 requests of 4K, 64 heads, 176 us with, 184 without; 32 SMs, 16 requests of 16K, 156 and 161.
-        wgmma_wait_each<OWN_BLOCKS - 1>([&](int b) { release(here.ahead(own_chunk(b))); });
+        wgmma_wait_each<OUTPUT_BLOCKS - 1>([&](int n) {
+            if (!keep || n < OUTPUT_BLOCKS - EXCHANGE_CHUNKS) release(here.ahead(chunk(n)));
+        });
         pin_output();
     }
 
@@ -880,19 +969,207 @@ struct Consumer {
             named_barrier<WARPGROUP_BARRIER + 1, WARPGROUP>();
     }
 
+    // The same, returning whether any of the warpgroup's threads brought `vote`.
+    __device__ __forceinline__ bool warpgroup_any(bool vote) const {
+        return warpgroup == 0 ? named_barrier_any<WARPGROUP_BARRIER, WARPGROUP>(vote)
+                              : named_barrier_any<WARPGROUP_BARRIER + 1, WARPGROUP>(vote);
+    }
+
     __device__ __forceinline__ void pin_output() {
 #pragma unroll
-        for (int b = 0; b < OWN_BLOCKS; ++b) pin(o[b]);
+        for (int b = 0; b < OUTPUT_BLOCKS; ++b) pin(o[b]);
     }
 
     // No product may be running.
     __device__ __forceinline__ void scale_column(int group, int e, float factor) {
 #pragma unroll
-        for (int b = 0; b < OWN_BLOCKS; ++b) {
+        for (int b = 0; b < OUTPUT_BLOCKS; ++b) {
             o[b][group * 4 + e] *= factor;
             o[b][group * 4 + e + 2] *= factor;
         }
         sums[group][e] *= factor;
+    }
+
+    // Keys past the end may hold anything, NaN included, and 0 * NaN is NaN: zero those dims of them that this warpgroup
+    // multiplies.
+    __device__ __forceinline__ void zero_values_past(int valid) {
+        const int thread = threadIdx.x % WARPGROUP;
+#pragma unroll 1
+        for (int n = 0; n < OUTPUT_BLOCKS; ++n) {
+            uint4(*const rows)[8] = reinterpret_cast<uint4(*)[8]>(s.ring[here.ahead(chunk(n)).slot]);
+#pragma unroll 1
+            for (int row = valid + thread / 8; row < TILE_KEYS; row += WARPGROUP / 8)
+                rows[row][thread % 8] = make_uint4(0, 0, 0, 0);
+        }
+        fence_async_proxy();
+        warpgroup_barrier();
+    }
+
+    // Takes the column maxima of the tile into the references, of which `m` are this thread's, and rescales what has been
+    // accumulated. Each step is taken for all columns before the next one, or the columns would wait for each other's shuffles
+    // and loads.
+    __device__ __forceinline__ void move_reference(bool first, float2 (&m)[COLUMN_GROUPS]) {
+        Statistics& st = s.statistics;
+        const int mine = OWN_TILES ? warpgroup : 0;
+        float top[COLUMN_GROUPS][2], old[COLUMN_GROUPS][2];
+#pragma unroll
+        for (int g = 0; g < COLUMN_GROUPS; ++g)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                old[g][e] = first ? NEG_INF : st.reference[mine][column(g, e)];
+                top[g][e] = fmaxf(x[g * 4 + e], x[g * 4 + e + 2]);
+            }
+#pragma unroll
+        for (int d = 4; d < 32; d *= 2)
+#pragma unroll
+            for (int g = 0; g < COLUMN_GROUPS; ++g)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) top[g][e] = fmaxf(top[g][e], __shfl_xor_sync(~0u, top[g][e], d));
+        if (lane < 4) {
+#pragma unroll
+            for (int g = 0; g < COLUMN_GROUPS; ++g)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) st.warp_max[mine][column(g, e)][warp] = top[g][e];
+        }
+        warpgroup_barrier();
+#pragma unroll
+        for (int g = 0; g < COLUMN_GROUPS; ++g)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const float4 m = *reinterpret_cast<const float4*>(st.warp_max[mine][column(g, e)]);
+                top[g][e] = fmaxf(fmaxf(fmaxf(m.x, m.y), fmaxf(m.z, m.w)) * p.scale_log2, old[g][e]);
+            }
+        const bool writes = warp == 0 && lane < 4;
+        if (writes) {
+#pragma unroll
+            for (int g = 0; g < COLUMN_GROUPS; ++g)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) st.reference[mine][column(g, e)] = top[g][e];
+        }
+        if (!first) {
+#pragma unroll
+            for (int g = 0; g < COLUMN_GROUPS; ++g)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    const float factor = top[g][e] == old[g][e] ? 1.0f : exp2_approx(old[g][e] - top[g][e]);
+                    scale_column(g, e, factor);
+                    if (!OWN_TILES && writes) st.factor[warpgroup][column(g, e)] = factor;
+                }
+        }
+#pragma unroll
+        for (int g = 0; g < COLUMN_GROUPS; ++g) m[g] = finite({top[g][0], top[g][1]});
+        if constexpr (!OWN_TILES) {  // otherwise the weights' barrier is as good
+            if (threadIdx.x % WARPGROUP == 0) st.rescale[warpgroup] = 1;
+            warpgroup_barrier();
+        }
+    }
+
+    // References as weights need them: of a column that has seen no key yet it is -inf, and so are the scores.
+    static __device__ __forceinline__ float2 finite(float2 reference) {
+        return {fmaxf(reference.x, -MOST_FINITE), fmaxf(reference.y, -MOST_FINITE)};
+    }
+
+    // Scores of keys that a query does not see.
+    __device__ __forceinline__ void mask(int first_key, int seqlen, int seen_by_all, const RowTile& rows) {
+        if (first_key + TILE_KEYS <= seen_by_all) return;
+        const int key = first_key + warp * 16 + lane / 4;
+#pragma unroll
+        for (int g = 0; g < COLUMN_GROUPS; ++g)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int token = p.by_heads(rows.first + column(g, e));
+                const int seen = p.causal ? min(seqlen, seqlen - rows.queries + 1 + token) : seqlen;
+                if (key + (e < 2 ? 0 : 8) >= seen) x[g * 4 + e] = NEG_INF;
+            }
+    }
+
+    // Whether a score of this thread exceeds its column's reference by more than P is to hold.
+    __device__ __forceinline__ bool exceeds(const float2 (&m)[COLUMN_GROUPS]) const {
+        float growth[2] = {NEG_INF, NEG_INF};
+#pragma unroll
+        for (int g = 0; g < COLUMN_GROUPS; ++g) {
+            growth[0] = fmaxf(growth[0], fmaf(fmaxf(x[g * 4], x[g * 4 + 2]), p.scale_log2, -m[g].x));
+            growth[1] = fmaxf(growth[1], fmaf(fmaxf(x[g * 4 + 1], x[g * 4 + 3]), p.scale_log2, -m[g].y));
+        }
+        return fmaxf(growth[0], growth[1]) > GROWTH_LOG2;
+    }
+
+    // P^T to shared memory, for wgmma once all warps have passed a barrier; `added`: of this thread's keys, its columns' sums.
+    __device__ __forceinline__ void store_weights(const float2 (&m)[COLUMN_GROUPS], float (&added)[COLUMN_GROUPS][2]) {
+        // All weights before the first is stored: one column group after the other would wait for each group's chain of
+        // exponentials anew.
+        u32 weights[COLUMN_GROUPS][2];
+#pragma unroll
+        for (int g = 0; g < COLUMN_GROUPS; ++g) {
+            float w[4];
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const float reference = e == 0 ? m[g].x : m[g].y;
+                w[e] = exp2_approx(fmaf(x[g * 4 + e], p.scale_log2, -reference));
+                w[e + 2] = exp2_approx(fmaf(x[g * 4 + e + 2], p.scale_log2, -reference));
+                added[g][e] = w[e] + w[e + 2];
+            }
+            weights[g][0] = pack<IS_BF16>(w[0], w[1]);
+            weights[g][1] = pack<IS_BF16>(w[2], w[3]);
+        }
+        // P is kept [column][key], K-major: 128 bytes a column, 16-byte pieces swizzled by the column.
+        const int n = lane % 8, piece = warp * 2 + lane / 8 % 2;
+        const u32 target = shared_address(s.p[warpgroup]) + n * 128 + ((piece ^ n) << 4);
+#pragma unroll
+        for (int g = 0; g < COLUMN_GROUPS; ++g) store_transposed_x2(target + g * 8 * 128, weights[g][0], weights[g][1]);
+        fence_async_proxy();
+    }
+
+    __device__ __forceinline__ void add_sums(const float (&added)[COLUMN_GROUPS][2]) {
+#pragma unroll
+        for (int g = 0; g < COLUMN_GROUPS; ++g)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) sums[g][e] += added[g][e];
+    }
+
+    // All key tiles of a segment; tile indices count from its start. `rows`: those of the segment, when asked.
+    template <typename Rows>
+    __device__ __forceinline__ void run_tiles(const WarpProgress& now, const Rows& rows) {
+        const auto tiles = derived([&] { return now->walk.key_tiles(); });
+        const auto keys_of_last = derived([&] {
+            return now->walk.ends() ? now->walk.seqlen - (now->walk.unit_tiles - 1) * TILE_KEYS : TILE_KEYS;
+        });
+        // The first row sees the fewest keys.
+        const auto seen_by_all = derived([&] {
+            const int seqlen = now->walk.seqlen;
+            return p.causal ? min(seqlen, seqlen - rows().queries + 1 + p.by_heads(rows().first)) : seqlen;
+        });
+        const auto mask_tile = [&](int i) {
+            mask((now->walk.tile_begin + i) * TILE_KEYS, now->walk.seqlen, seen_by_all(), rows());
+        };
+        const auto zero_tile = [&](int i) {
+            if (i == tiles() - 1 && keys_of_last() < TILE_KEYS) zero_values_past(keys_of_last());
+        };
+        if constexpr (OWN_TILES)
+            run_own_tiles(tiles, mask_tile, zero_tile);
+        else
+            run_shared_tiles(tiles, mask_tile, zero_tile);
+    }
+
+    // ---- tiles that both warpgroups share
+
+    // Softmax of a finished S^T, published as P^T. No product may be running.
+    __device__ __forceinline__ void publish_weights(int tile) {
+        float2 m[COLUMN_GROUPS];
+#pragma unroll
+        for (int g = 0; g < COLUMN_GROUPS; ++g)
+            m[g] = finite(*reinterpret_cast<const float2*>(&s.statistics.reference[0][column(g, 0)]));
+        if (tile == 0 || warpgroup_any(exceeds(m))) {
+            move_reference(tile == 0, m);
+        } else if (threadIdx.x % WARPGROUP == 0) {
+            s.statistics.rescale[warpgroup] = 0;
+        }
+        float added[COLUMN_GROUPS][2];
+        store_weights(m, added);
+        add_sums(added);
+        __syncwarp();
+        // For its warp; and the four threads that move_reference has write, each for itself.
+        if (lane == 0 || (warp == 0 && lane < 4)) mbarrier_arrive(shared_address(&s.p_full[warpgroup]));
     }
 
     // Waits for P^T of a tile; if the other warpgroup rescaled before it, follows.
@@ -908,144 +1185,8 @@ struct Consumer {
         }
     }
 
-    // Keys past the end may hold anything, NaN included, and 0 * NaN is NaN: zero this warpgroup's dims of them.
-    __device__ __forceinline__ void zero_values_past(int valid) {
-        for (int i = threadIdx.x % WARPGROUP; i < OWN_BLOCKS * (TILE_KEYS - valid) * 8; i += WARPGROUP) {
-            const int row = valid + i / 8 % (TILE_KEYS - valid), b = i / 8 / (TILE_KEYS - valid);
-            const int slot = here.ahead(own_chunk(b)).slot;
-            reinterpret_cast<uint4*>(s.ring[slot])[row * 8 + i % 8] = make_uint4(0, 0, 0, 0);
-        }
-        fence_async_proxy();
-        warpgroup_barrier();
-    }
-
-    // Takes the column maxima of the tile into the reference and rescales what has been accumulated. Each step is taken for
-    // all columns before the next one, or the columns would wait for each other's shuffles and loads.
-    __device__ __forceinline__ void move_reference(int tile) {
-        Statistics& st = s.statistics;
-        float top[COLUMN_GROUPS][2], old[COLUMN_GROUPS][2];
-#pragma unroll
-        for (int g = 0; g < COLUMN_GROUPS; ++g)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                old[g][e] = tile == 0 ? NEG_INF : st.reference[column(g, e)];
-                top[g][e] = fmaxf(x[g * 4 + e], x[g * 4 + e + 2]);
-            }
-#pragma unroll
-        for (int d = 4; d < 32; d *= 2)
-#pragma unroll
-            for (int g = 0; g < COLUMN_GROUPS; ++g)
-#pragma unroll
-                for (int e = 0; e < 2; ++e) top[g][e] = fmaxf(top[g][e], __shfl_xor_sync(~0u, top[g][e], d));
-        if (lane < 4) {
-#pragma unroll
-            for (int g = 0; g < COLUMN_GROUPS; ++g)
-#pragma unroll
-                for (int e = 0; e < 2; ++e) st.warp_max[column(g, e)][warp] = top[g][e];
-        }
-        warpgroup_barrier();
-#pragma unroll
-        for (int g = 0; g < COLUMN_GROUPS; ++g)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                const float4 m = *reinterpret_cast<const float4*>(st.warp_max[column(g, e)]);
-                top[g][e] = fmaxf(fmaxf(fmaxf(m.x, m.y), fmaxf(m.z, m.w)) * p.scale_log2, old[g][e]);
-            }
-#pragma unroll
-        for (int g = 0; g < COLUMN_GROUPS; ++g)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                const float factor = top[g][e] == old[g][e] ? 1.0f : exp2_approx(old[g][e] - top[g][e]);
-                if (tile > 0) scale_column(g, e, factor);
-                if (warp == 0 && lane < 4) {
-                    st.reference[column(g, e)] = top[g][e];
-                    st.factor[warpgroup][column(g, e)] = factor;
-                }
-            }
-        if (threadIdx.x % WARPGROUP == 0) st.rescale[warpgroup] = 1;
-        warpgroup_barrier();
-    }
-
-    // Of this thread's columns.
-    __device__ __forceinline__ void load_reference(float2 (&m)[COLUMN_GROUPS]) const {
-#pragma unroll
-        for (int g = 0; g < COLUMN_GROUPS; ++g) m[g] = *reinterpret_cast<const float2*>(&s.statistics.reference[column(g, 0)]);
-    }
-
-    // Softmax of a finished S^T, published as P^T. No product may be running.
-    __device__ __forceinline__ void publish_weights(int tile, int first_key, int seqlen, int seen_by_all, const RowTile& rows) {
-        if (first_key + TILE_KEYS > seen_by_all) {
-            const int key = first_key + warp * 16 + lane / 4;
-#pragma unroll
-            for (int g = 0; g < COLUMN_GROUPS; ++g)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const int token = p.by_heads(rows.first + column(g, e));
-                    const int seen = p.causal ? min(seqlen, seqlen - rows.queries + 1 + token) : seqlen;
-                    if (key + (e < 2 ? 0 : 8) >= seen) x[g * 4 + e] = NEG_INF;
-                }
-        }
-        float2 m[COLUMN_GROUPS];
-        load_reference(m);
-        bool excess = tile == 0;
-        if (tile > 0) {
-            float growth[2] = {NEG_INF, NEG_INF};
-#pragma unroll
-            for (int g = 0; g < COLUMN_GROUPS; ++g) {
-                growth[0] = fmaxf(growth[0], fmaf(fmaxf(x[g * 4], x[g * 4 + 2]), p.scale_log2, -m[g].x));
-                growth[1] = fmaxf(growth[1], fmaf(fmaxf(x[g * 4 + 1], x[g * 4 + 3]), p.scale_log2, -m[g].y));
-            }
-            excess = fmaxf(growth[0], growth[1]) > GROWTH_LOG2;
-            excess = warpgroup == 0 ? named_barrier_any<WARPGROUP_BARRIER, WARPGROUP>(excess)
-                                    : named_barrier_any<WARPGROUP_BARRIER + 1, WARPGROUP>(excess);
-        }
-        if (excess) {
-            move_reference(tile);
-            load_reference(m);
-        } else if (threadIdx.x % WARPGROUP == 0) {
-            s.statistics.rescale[warpgroup] = 0;
-        }
-
-        // All weights before the first is stored: one column group after the other would wait for each group's chain of
-        // exponentials anew.
-        u32 weights[COLUMN_GROUPS][2];
-#pragma unroll
-        for (int g = 0; g < COLUMN_GROUPS; ++g) {
-            float w[4];
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                // Of a column that has seen no key yet, the reference is -inf and so are the scores.
-                const float safe = fmaxf(e == 0 ? m[g].x : m[g].y, -MOST_FINITE);
-                w[e] = exp2_approx(fmaf(x[g * 4 + e], p.scale_log2, -safe));
-                w[e + 2] = exp2_approx(fmaf(x[g * 4 + e + 2], p.scale_log2, -safe));
-                sums[g][e] += w[e] + w[e + 2];
-            }
-            weights[g][0] = pack<IS_BF16>(w[0], w[1]);
-            weights[g][1] = pack<IS_BF16>(w[2], w[3]);
-        }
-        // P is kept [column][key], K-major: 128 bytes a column, 16-byte pieces swizzled by the column.
-        const int n = lane % 8, piece = warp * 2 + lane / 8 % 2;
-        const u32 target = shared_address(s.p[warpgroup]) + n * 128 + ((piece ^ n) << 4);
-#pragma unroll
-        for (int g = 0; g < COLUMN_GROUPS; ++g) store_transposed_x2(target + g * 8 * 128, weights[g][0], weights[g][1]);
-        fence_async_proxy();
-        __syncwarp();
-        // For its warp; and the four threads that move_reference has write, each for itself.
-        if (lane == 0 || (warp == 0 && lane < 4)) mbarrier_arrive(shared_address(&s.p_full[warpgroup]));
-    }
-
-    // All key tiles of a segment; tile indices count from its start. `rows`: those of the segment, when asked.
-    template <typename Rows>
-    __device__ __forceinline__ void run_tiles(const WarpProgress& now, const Rows& rows) {
-        const auto tiles = derived([&] { return now->walk.key_tiles(); });
-        const auto keys_of_last = derived([&] {
-            return now->walk.ends() ? now->walk.seqlen - (now->walk.unit_tiles - 1) * TILE_KEYS : TILE_KEYS;
-        });
-        // The first row sees the fewest keys.
-        const auto seen_by_all = derived([&] {
-            const int seqlen = now->walk.seqlen;
-            return p.causal ? min(seqlen, seqlen - rows().queries + 1 + p.by_heads(rows().first)) : seqlen;
-        });
+    template <typename Tiles, typename Mask, typename Zero>
+    __device__ __forceinline__ void run_shared_tiles(const Tiles& tiles, const Mask& mask_tile, const Zero& zero_tile) {
         if (warpgroup == 0) multiply_scores(here, 0, SPLIT_CHUNKS, [] {});
 #pragma unroll 1
         for (int i = 0; i < tiles(); ++i) {
@@ -1056,7 +1197,8 @@ struct Consumer {
                     });
 #pragma unroll
                 for (int j = 0; j < ROPE_CHUNKS; ++j) release(here.ahead(j));
-                publish_weights(i, (now->walk.tile_begin + i) * TILE_KEYS, now->walk.seqlen, seen_by_all(), rows());
+                mask_tile(i);
+                publish_weights(i);
             } else if (i + 1 < tiles()) {
                 // Runs while the other warpgroup takes the softmax of tile i.
                 if constexpr (IN_TURNS) mbarrier_wait(shared_address(&s.turn), p_phase >> 2 & 1);
@@ -1064,10 +1206,101 @@ struct Consumer {
             }
             p_phase ^= 4;
             wait_weights(i);
-            if (i == tiles() - 1 && keys_of_last() < TILE_KEYS) zero_values_past(keys_of_last());
-            multiply_output(i);
+            zero_tile(i);
+            multiply_output(i & 1, i > 0, false);
             here = here.ahead(TILE_CHUNKS);
         }
+    }
+
+    // ---- tiles of this warpgroup alone
+
+    // Softmax of a finished S^T, to P^T. No product may be running. The weights are taken with the references `m` as they are,
+    // and again if the barrier that they need in any case finds that these have to be moved.
+    __device__ __forceinline__ void make_weights(bool first, float2 (&m)[COLUMN_GROUPS]) {
+        float added[COLUMN_GROUPS][2];
+        for (bool move = first;; move = true) {
+            if (move) move_reference(first, m);
+            store_weights(m, added);
+            if (move) {
+                warpgroup_barrier();
+                break;
+            }
+            if (!warpgroup_any(exceeds(m))) break;
+        }
+        add_sums(added);
+    }
+
+    template <typename Tiles, typename Mask, typename Zero>
+    __device__ __forceinline__ void run_own_tiles(const Tiles& tiles, const Mask& mask_tile, const Zero& zero_tile) {
+        here = here.back((2 - warpgroup) * TILE_CHUNKS);
+        int left = tiles() - warpgroup;
+        float2 m[COLUMN_GROUPS] = {};
+#pragma unroll 1
+        for (int i = warpgroup; left > 0; i += 2) {
+            left -= 2;
+            here = here.ahead(2 * TILE_CHUNKS);
+            multiply_scores(here, 0, TILE_CHUNKS, [] {});
+#pragma unroll
+            for (int j = 0; j < ROPE_CHUNKS; ++j) release(here.ahead(j));
+            mask_tile(i);
+            make_weights(i < 2, m);
+            zero_tile(i);
+            multiply_output(warpgroup, i >= 2, left <= 0);
+        }
+        const bool last = (tiles() & 1) != warpgroup;  // whether the segment ends with a tile of this warpgroup
+        if (tiles() > warpgroup) send();
+        theirs = last ? here.back(TILE_CHUNKS) : here.ahead(TILE_CHUNKS);
+        here = here.ahead(last ? TILE_CHUNKS : 2 * TILE_CHUNKS);
+    }
+
+    // The k-th chunk that a warpgroup keeps of the `tile` that is its last of a segment.
+    static __device__ __forceinline__ Place kept_chunk(const Place& tile, int sender, int k) {
+        return tile.ahead(ROPE_CHUNKS + block_of(sender, OUTPUT_BLOCKS - EXCHANGE_CHUNKS + k));
+    }
+
+    // Where this thread's four elements of a column group and of the receiver's b-th own block lie on the way.
+    __device__ __forceinline__ float4& exchanged(const Place& tile, int sender, int b, int group) const {
+        constexpr int CHUNK_ITEMS = CHUNK_BYTES / (WARPGROUP * int(sizeof(float4)));
+        const int item = b * COLUMN_GROUPS + group;
+        float4(*const items)[WARPGROUP] =
+            reinterpret_cast<float4(*)[WARPGROUP]>(s.ring[kept_chunk(tile, sender, item / CHUNK_ITEMS).slot]);
+        return items[item % CHUNK_ITEMS][threadIdx.x % WARPGROUP];
+    }
+
+    // What has been accumulated of the other warpgroup's dims, to the chunks that were kept.
+    __device__ __forceinline__ void send() {
+        warpgroup_barrier();  // all warps are done with them
+#pragma unroll
+        for (int b = 0; b < OWN_BLOCKS; ++b)
+#pragma unroll
+            for (int g = 0; g < COLUMN_GROUPS; ++g) {
+                const float* v = &o[own(b) + 1][g * 4];
+                exchanged(here, warpgroup, b, g) = make_float4(v[0], v[1], v[2], v[3]);
+            }
+    }
+
+    // Takes in what the other warpgroup has accumulated of this one's dims. The chunks are released.
+    __device__ __forceinline__ void receive() {
+        const int sender = warpgroup ^ 1;
+#pragma unroll
+        for (int g = 0; g < COLUMN_GROUPS; ++g) {
+            const Column even(s, column(g, 0)), odd(s, column(g, 1));
+            const float even_own = even.factor(warpgroup), even_theirs = even.factor(sender);
+            const float odd_own = odd.factor(warpgroup), odd_theirs = odd.factor(sender);
+#pragma unroll
+            for (int b = 0; b < OWN_BLOCKS; ++b) {
+                const float4 v = exchanged(theirs, sender, b, g);
+                float* const mine = &o[own(b)][g * 4];
+                mine[0] = mine[0] * even_own + v.x * even_theirs;
+                mine[1] = mine[1] * odd_own + v.y * odd_theirs;
+                mine[2] = mine[2] * even_own + v.z * even_theirs;
+                mine[3] = mine[3] * odd_own + v.w * odd_theirs;
+            }
+        }
+        fence_async_proxy();  // before copies to where ordinary reads and writes were
+        __syncwarp();
+#pragma unroll
+        for (int k = 0; k < EXCHANGE_CHUNKS; ++k) release(kept_chunk(theirs, sender, k));
     }
 
     // Without products O^T is 0.
@@ -1076,7 +1309,7 @@ struct Consumer {
         for (int g = 0; g < COLUMN_GROUPS; ++g) sums[g][0] = sums[g][1] = 0.0f;
         if (!ACCUMULATORS_CLEARED && !output) return;
 #pragma unroll
-        for (int b = 0; b < OWN_BLOCKS; ++b)
+        for (int b = 0; b < OUTPUT_BLOCKS; ++b)
 #pragma unroll
             for (int i = 0; i < ROWS / 2; ++i) o[b][i] = 0.0f;
     }
@@ -1111,31 +1344,18 @@ __device__ __forceinline__ void store_lse(const Params& p, int request, const Ro
     }
 }
 
-// Sums of P^T at the end of a segment, [column][warp]. Q lay there, which nobody needs any more: every score of the
-// segment was published before.
-using ColumnSums = float4[ROWS][CONSUMER_WARPS / 4];
-
-__device__ __forceinline__ float column_sum(const ColumnSums& sums, int column) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < CONSUMER_WARPS / 4; ++i) {
-        const float4 v = sums[column][i];
-        sum += (v.x + v.y) + (v.z + v.w);
-    }
-    return sum;
-}
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((127 + exponent) << 23); }
 
 // The exponent of the power of two that brings the largest element of a warp's O^T to PARTIAL_TOP. NaN does not count, and
 // with infinite ones, which stay so, the others stay as they are.
-__device__ __forceinline__ int partial_exponent(const float (&o)[OWN_BLOCKS][ROWS / 2]) {
+__device__ __forceinline__ int partial_exponent(const float (&o)[OUTPUT_BLOCKS][ROWS / 2]) {
     float tops[OWN_BLOCKS], top = 0.0f;
 #pragma unroll
     for (int b = 0; b < OWN_BLOCKS; ++b) {
         tops[b] = 0.0f;
 #pragma unroll
-        for (int i = 0; i < ROWS / 2; ++i) tops[b] = fmaxf(tops[b], fabsf(o[b][i]));
+        for (int i = 0; i < ROWS / 2; ++i) tops[b] = fmaxf(tops[b], fabsf(o[own(b)][i]));
         top = fmaxf(top, tops[b]);
     }
     const int exponent = int(__reduce_max_sync(~0u, __float_as_uint(top)) >> 23) - 127;
@@ -1150,7 +1370,7 @@ __device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, co
     const Params& p = c.p;
     Shared& s = c.s;
     const bool whole = walk.whole();
-    ColumnSums& sums = reinterpret_cast<ColumnSums&>(s.q);
+    ColumnSums& sums = sums_of(s);
 #pragma unroll
     for (int d = 4; d < 32; d *= 2)
 #pragma unroll
@@ -1164,6 +1384,10 @@ __device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, co
             for (int e = 0; e < 2; ++e) reinterpret_cast<float*>(sums[c.column(g, e)])[threadIdx.x / 32] = c.sums[g][e];
     }
     mbarrier_arrive(shared_address(&s.sums_full));
+    if (OWN_TILES && walk.key_tiles() > (c.warpgroup ^ 1)) {
+        mbarrier_wait(shared_address(&s.sums_full), phase);
+        c.receive();
+    }
     if (!whole) {
         const int slot = partial_slot(p, lane, walk.starts(), row_group);
         Quad* target = p.partials + (slot * MERGE_PIECES + c.warp) * 32 + c.lane;
@@ -1178,8 +1402,8 @@ __device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, co
             if (g * 8 < rows.count) {
 #pragma unroll
                 for (int b = 0; b < OWN_BLOCKS; ++b) {
-                    const float* v = &c.o[b][g * 4];
-                    pack_four(target[(g * GROUP_PIECES + c.own_block(b) * 4) * 32], v, scale);
+                    const float* v = &c.o[own(b)][g * 4];
+                    pack_four(target[(g * GROUP_PIECES + c.block(own(b)) * 4) * 32], v, scale);
                 }
             }
         __syncwarp();
@@ -1189,21 +1413,23 @@ __device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, co
         mbarrier_wait(shared_address(&s.sums_full), phase);
 #pragma unroll
         for (int g = 0; g < COLUMN_GROUPS; ++g) {
-            const float even = inverse(column_sum(sums, c.column(g, 0))), odd = inverse(column_sum(sums, c.column(g, 1)));
+            const float even = inverse(Column(s, c.column(g, 0)).sum), odd = inverse(Column(s, c.column(g, 1)).sum);
             u16* const row = output_row(p, walk.request, rows, g * 8 + c.lane / 4);
 #pragma unroll
             for (int b = 0; b < OWN_BLOCKS; ++b)
-                store_outputs(row, c.own_block(b) * CHUNK_DIMS + c.warp * 16, &c.o[b][g * 4], even, odd);
+                store_outputs(row, c.block(own(b)) * CHUNK_DIMS + c.warp * 16, &c.o[own(b)][g * 4], even, odd);
         }
-        if (threadIdx.x < ROWS)
-            store_lse(p, walk.request, rows, threadIdx.x, s.statistics.reference[threadIdx.x], column_sum(sums, threadIdx.x));
+        if (threadIdx.x < ROWS) {
+            const Column column(s, threadIdx.x);
+            store_lse(p, walk.request, rows, threadIdx.x, column.reference, column.sum);
+        }
     }
 }
 
 // ---------------------------------------------------------------------------------------------- merge
 
-__device__ __forceinline__ u32* gave_up_word(const Params& p, const SharedUnit& unit, int member, int row_group) {
-    return counter_of(p, unit.first_lane + member, row_group) + (member == 0 ? 3 : 2);
+__device__ __forceinline__ u32* gave_up_word(const Params& p, const SharedUnit& unit, int merger, int row_group) {
+    return counter_of(p, unit.first_lane + merger, row_group) + 2;
 }
 
 // Running combination of partial results for BLOCKS pieces of one column group.
@@ -1406,7 +1632,7 @@ __device__ __forceinline__ void depart(const Params& p, const SharedUnit& unit, 
     u32* arrivals = counter_of(p, unit.first_lane, row_group);
     if (atomic_add_acq_rel(arrivals + 1, 1) != u32(unit.members) - 1) return;
     if (load_acquire(arrivals) >= GAVE_UP)
-        for (int other = 0; other < unit.members; ++other) *gave_up_word(p, unit, other, row_group) = 0;
+        for (int merger = 0; merger < unit.mergers; ++merger) *gave_up_word(p, unit, merger, row_group) = 0;
     arrivals[0] = arrivals[1] = 0;
 }
 
@@ -1464,7 +1690,6 @@ __device__ __forceinline__ SharedUnit shared_unit(const Params& p, const Start& 
 __device__ __forceinline__ void coordinate(const Params& p, Shared& s, const Progress& start_of_lane) {
     WarpProgress now(s, start_of_lane);
     const int l = threadIdx.x % 32;
-    const ColumnSums& sums = reinterpret_cast<const ColumnSums&>(s.q);
     int units = 0;
     while (now->walk.active()) {
         SharedUnit unit;
@@ -1476,8 +1701,10 @@ __device__ __forceinline__ void coordinate(const Params& p, Shared& s, const Pro
         mbarrier_wait(shared_address(&s.sums_full), now->phase);
         if (!now->walk.whole()) {
             const int slot = partial_slot(p, now->lane, now->walk.starts(), now->row_group);
-            for (int n = l; n < ROWS; n += 32)
-                p.partial_stats[slot].columns[n] = make_float2(s.statistics.reference[n], column_sum(sums, n));
+            for (int n = l; n < ROWS; n += 32) {
+                const Column column(s, n);
+                p.partial_stats[slot].columns[n] = make_float2(column.reference, column.sum);
+            }
         }
         // Before the arrival, which waits for all writes: the next segment's queries go where the sums are. Measured in one run
         // on an H200, after it and before: mixed lengths 55.7 and 55.3, 67.3 and 66.8 us.
@@ -1535,8 +1762,10 @@ __device__ __forceinline__ void consume(const Params& p, Shared& s, const Progre
             copy_wait_all();
             fence_async_proxy();
         }
-        c.clear(now->walk.key_tiles() == 0);
+        c.clear(now->walk.key_tiles() <= (OWN_TILES ? c.warpgroup : 0));
         named_barrier<CONSUMER_BARRIER, CONSUMERS>();
+        if (OWN_TILES && now->walk.key_tiles() <= c.warpgroup)
+            for (int n = threadIdx.x % WARPGROUP; n < ROWS; n += WARPGROUP) s.statistics.reference[c.warpgroup][n] = NEG_INF;
         if (now->walk.key_tiles() > 0) c.run_tiles(now, rows);
         trace(p, TRACE_LAST_TILE);
         finish_segment(c, now->walk, rows(), now->lane, now->row_group, now->phase);
@@ -1546,7 +1775,11 @@ __device__ __forceinline__ void consume(const Params& p, Shared& s, const Progre
         });
     }
     if (now->shared_units == 0) return;
-    mbarrier_wait(shared_address(&s.sums_full), now->phase ^ 1);  // nobody multiplies any more
+    // The ring is idle: nobody multiplies any more, nor takes in what the other warpgroup has left there.
+    if constexpr (OWN_TILES)
+        named_barrier<CONSUMER_BARRIER, CONSUMERS>();
+    else
+        mbarrier_wait(shared_address(&s.sums_full), now->phase ^ 1);
 #pragma unroll 1
     for (int i = 0; i < now->shared_units; ++i) merge_unit(p, s, i, now->lane, now->row_group);
 }

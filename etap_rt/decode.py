@@ -367,6 +367,7 @@ class Launch:
             problem.latent_dim,
             problem.rope_dim,
             self.grid.rows,
+            own_tiles=self.grid.own_tiles,
             general=problem.general,
             trace=trace,
         )

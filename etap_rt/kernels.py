@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from etap_rt.schedule import ROW_TILES
+from etap_rt.schedule import OWN_TILES_ROWS, ROW_TILES
 
 ElementType = Literal["bfloat16", "float16"]
 
@@ -29,9 +29,18 @@ class KernelSpec:
 
 
 def decode_spec(
-    dtype: ElementType, latent_dim: int, rope_dim: int, rows: int, *, general: bool = False, trace: bool = False
+    dtype: ElementType,
+    latent_dim: int,
+    rope_dim: int,
+    rows: int,
+    *,
+    own_tiles: bool = False,
+    general: bool = False,
+    trace: bool = False,
 ) -> KernelSpec:
     """The decode kernel for one element type, (latent, rope) dims and `rows` query rows a tile.
+
+    With `own_tiles`, for up to 32 rows, each warpgroup has key tiles of its own.
 
     Unless it is `general` it knows nothing of ragged queries, page lists and pages smaller than a tile: a launch
     fetches all its instructions anew, and to step over those took longer than anything else before the first load.
@@ -39,7 +48,10 @@ def decode_spec(
     """
     if dtype not in ELEMENT_TYPES or (latent_dim, rope_dim) not in DIMS or rows not in ROW_TILES:
         raise ValueError(f"no decode kernel for {dtype}, dims {latent_dim} + {rope_dim}, {rows} rows a tile")
+    if own_tiles and rows > OWN_TILES_ROWS:
+        raise ValueError(f"with {rows} rows a tile the warpgroups share the key tiles")
     constants = {"IS_BF16": int(dtype == "bfloat16"), "LATENT_DIM": latent_dim, "ROPE_DIM": rope_dim, "ROWS": rows}
+    constants["OWN_TILES"] = int(own_tiles)
     constants["GENERAL"] = int(general)
     if trace:
         constants["TRACE"] = 1
@@ -70,11 +82,13 @@ def merge_states_spec(dtype: StateType) -> KernelSpec:
 def all_specs() -> list[KernelSpec]:
     """Every kernel the package can ask for, in a fixed order."""
     decode = [
-        decode_spec(dtype, *dims, rows, general=general)
+        decode_spec(dtype, *dims, rows, own_tiles=own_tiles, general=general)
+        for own_tiles in (False, True)
         for general in (False, True)
         for dtype in ELEMENT_TYPES
         for dims in DIMS
         for rows in ROW_TILES
+        if rows <= OWN_TILES_ROWS or not own_tiles
     ]
     states = [merge_states_spec(t) for t in STATE_TYPES]
     return [*decode, kv_write_spec(), page_copy_spec(), batch_update_spec(), *states]

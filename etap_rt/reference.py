@@ -136,7 +136,7 @@ def decode_tiled(call: Call, softmax_scale: float, causal: bool, sm_count: int =
     with np.errstate(invalid="ignore", over="ignore", under="ignore", divide="ignore"):
         for segment in chain.from_iterable(work):
             unit, known = units[segment.request], partials.setdefault(segment.request, [])
-            known.append(_compute_segment(call, unit, segment, grid.rows, scale_log2, causal))
+            known.append(_compute_segment(call, unit, segment, grid, scale_log2, causal))
             if len(known) <= segment.last_lane - segment.first_lane:
                 continue  # lanes that come later share the unit
             if len(known) > 1 and problem.element == "bfloat16":
@@ -171,9 +171,9 @@ def _place(problem: Problem, unit: _Unit, token: Any, head: Any) -> tuple[Any, .
 
 
 def _compute_segment(
-    call: Call, unit: _Unit, segment: Segment, tile_rows: int, scale_log2: np.float32, causal: bool
+    call: Call, unit: _Unit, segment: Segment, grid: Grid, scale_log2: np.float32, causal: bool
 ) -> _Partial:
-    problem, rows = call.problem, unit.rows
+    problem, rows, tile_rows = call.problem, unit.rows, grid.rows
     q = _load_q(call, unit, tile_rows)  # (row tiles, rows, dim)
     first_key = segment.tile_begin * TILE_KEYS
     keys = _load_keys(call, unit.request, first_key, min(segment.tile_end * TILE_KEYS, unit.length))
@@ -183,28 +183,31 @@ def _compute_segment(
     query = np.minimum(rows[0] + np.arange(q.shape[0] * tile_rows), rows[-1]) // problem.heads
     last_visible = (unit.length - unit.s_q + query).reshape(q.shape[0], tile_rows, 1) if causal else unit.length - 1
 
-    top = np.full((*q.shape[:2], 1), -np.inf, np.float32)
-    total = np.zeros_like(top)
-    o = np.zeros((*q.shape[:2], problem.latent_dim), np.float32)
-    for begin in range(0, len(keys), TILE_KEYS):
-        tile = keys[begin : begin + TILE_KEYS]
-        key_index = first_key + begin + np.arange(len(tile))
-        x = scale_log2 * (q @ tile.T)
-        x = np.where(key_index <= last_visible, x, np.float32(-np.inf))
+    def accumulate(first_tile: int, step: int) -> _Partial:
+        top = np.full((*q.shape[:2], 1), -np.inf, np.float32)
+        total = np.zeros_like(top)
+        o = np.zeros((*q.shape[:2], problem.latent_dim), np.float32)
+        for begin in range(first_tile * TILE_KEYS, len(keys), step * TILE_KEYS):
+            tile = keys[begin : begin + TILE_KEYS]
+            key_index = first_key + begin + np.arange(len(tile))
+            x = scale_log2 * (q @ tile.T)
+            x = np.where(key_index <= last_visible, x, np.float32(-np.inf))
 
-        # Lazy: as long as no score of a row tile exceeds its row's reference value by much, O is left alone.
-        moved = (x > top + MAX_GROWTH[problem.element]).any(axis=(1, 2), keepdims=True)
-        if moved.any():
-            new_top = np.where(moved, np.maximum(top, x.max(axis=-1, keepdims=True)), top)
-            factor = np.where(top == -np.inf, np.float32(0), np.exp2(top - new_top))
-            o *= factor
-            total *= factor
-            top = new_top
+            # Lazy: as long as no score of a row tile exceeds its row's reference value by much, O is left alone.
+            moved = (x > top + MAX_GROWTH[problem.element]).any(axis=(1, 2), keepdims=True)
+            if moved.any():
+                new_top = np.where(moved, np.maximum(top, x.max(axis=-1, keepdims=True)), top)
+                factor = np.where(top == -np.inf, np.float32(0), np.exp2(top - new_top))
+                o *= factor
+                total *= factor
+                top = new_top
 
-        p = np.exp2(x - np.where(top == -np.inf, np.float32(0), top))
-        total += p.sum(axis=-1, keepdims=True)
-        o += p.astype(element).astype(np.float32) @ tile[:, : problem.latent_dim]
-    return _Partial(o, top, total)
+            p = np.exp2(x - np.where(top == -np.inf, np.float32(0), top))
+            total += p.sum(axis=-1, keepdims=True)
+            o += p.astype(element).astype(np.float32) @ tile[:, : problem.latent_dim]
+        return _Partial(o, top, total)
+
+    return _add([accumulate(0, 2), accumulate(1, 2)]) if grid.own_tiles else accumulate(0, 1)
 
 
 def _in_float16(o: Floats) -> Floats:
@@ -217,8 +220,8 @@ def _in_float16(o: Floats) -> Floats:
     return np.ldexp(kept.astype(np.float32), -exponent).reshape(o.shape)
 
 
-def _merge(partials: list[_Partial], lse_form: LseForm) -> tuple[Floats, Floats]:
-    """Merge the partials of a unit in the order of their lanes; returns out and lse of its rows, fillers included."""
+def _add(partials: list[_Partial]) -> _Partial:
+    """What partials of different keys come to, added in their order."""
     top = np.maximum.reduce([partial.top for partial in partials])
     o = np.zeros_like(partials[0].o)
     total = np.zeros_like(top)
@@ -226,6 +229,13 @@ def _merge(partials: list[_Partial], lse_form: LseForm) -> tuple[Floats, Floats]
         weight = np.where(partial.top == -np.inf, np.float32(0), np.exp2(partial.top - top))
         o += weight * partial.o
         total += weight * partial.total
+    return _Partial(o, top, total)
+
+
+def _merge(partials: list[_Partial], lse_form: LseForm) -> tuple[Floats, Floats]:
+    """Merge the partials of a unit in the order of their lanes; returns out and lse of its rows, fillers included."""
+    whole = _add(partials)
+    o, top, total = whole.o, whole.top, whole.total
     out = np.where(total == 0, np.float32(0), o / total)
     lse = np.where(total == 0, np.float32(lse_form.no_key), (top + np.log2(total)) * np.float32(lse_form.factor))
     return out.reshape(-1, out.shape[-1]), lse.reshape(-1)

@@ -1,4 +1,4 @@
-"""What several modules of GPU tests do with a case: its arguments on the GPU, its outputs, and how those compare."""
+"""Cases of several modules of GPU tests, and what these do with one: arguments on the GPU, outputs, comparisons."""
 
 from __future__ import annotations
 
@@ -13,6 +13,20 @@ from tests.cache_model import CUPY, TORCH_CUDA, Library, host
 from tests.cases import NUMPY_DTYPES, Case, assert_close, make_inputs, prepared
 
 torch: Any = pytest.importorskip("torch")
+
+# Units that one lane has alone, that a few share and that all share; 8, 16 and 64 rows; one and more passes.
+DIVISIONS = (
+    Case("mixed"),
+    Case("small-pages", page_size=16),
+    Case("one-request", lengths=(9001,)),
+    Case("one-request-8-rows", lengths=(9001,), heads=8, dtype="float16"),
+    Case("one-request-128-heads", lengths=(4500,), heads=128),
+    Case("many-short", lengths=tuple(7 * i % 211 for i in range(300)), heads=8),
+    Case("two-requests-a-lane", lengths=(130,) * 260, heads=8, latent_dim=256),
+    Case("5-queries-128-heads", s_q=5, heads=128, lengths=(3, 64, 65, 1500)),
+    Case("one-long-many-short-320", latent_dim=256, heads=24, lengths=(1, 5, 7000, *range(60, 70), 0, 0, 300)),
+)
+SMALL_PAGES = tuple(Case(f"page-size-{size}", page_size=size) for size in (1, 2, 4, 8, 16, 32))
 
 
 def on_gpu(case: Case) -> dict[str, Any]:

@@ -20,7 +20,10 @@ import math
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import green_context  # noqa: E402
 import torch  # noqa: E402
 
 from etap_rt import driver, mla_decode, plan_decode, workspace  # noqa: E402
@@ -42,6 +46,7 @@ POISON_BYTE = 0xFF  # NaN in float32
 LEVELS = (0.0, 0.0, 5.0, 14.0, 9.0)  # powers of two by which the scores of a page are raised in uneven cases
 ROPE_DIM = 64
 PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 64, 64, 128, 192, 256, 1024)
+FEW_SMS = 64
 MOST_TOKENS = {"cuda": 120_000, "cpu": 900}  # in a cache
 MOST_BATCH = {"cuda": 400, "cpu": 12}
 MOST_WORK = {"cuda": 6e10, "cpu": 4e7}  # multiplications of the reference
@@ -76,6 +81,7 @@ class Case:
     spare_columns: int
     outputs: str  # "made", "out", "lse" or "both": what is given
     planned: bool
+    few_sms: bool  # decoded on a part of the GPU's SMs
 
     @property
     def batch(self) -> int:
@@ -176,6 +182,7 @@ def draw_case(seed: int, device: str) -> Case:
         spare_columns=int(rng.choice([0, 1, 7, 300])),
         outputs=str(rng.choice(["made", "out", "lse", "both", "both"])),
         planned=flip(0.2),
+        few_sms=flip(0.4),
     )
 
 
@@ -363,11 +370,12 @@ def run_case(case: Case, device: str, memory: GuardedMemory | None) -> tuple[int
             buffer.before = buffer.base.clone()
         if memory is not None:
             memory.poison()
-        if case.planned and again:
-            plan = plan_decode(**arguments, **given, return_lse=True)
-            out, lse = plan.run(q), plan.lse
-        else:
-            out, lse = mla_decode(**arguments, **given, return_lse=True)
+        with _few_sms() if case.few_sms and device == "cuda" else nullcontext():
+            if case.planned and again:
+                plan = plan_decode(**arguments, **given, return_lse=True)
+                out, lse = plan.run(q), plan.lse
+            else:
+                out, lse = mla_decode(**arguments, **given, return_lse=True)
         _expect(tuple(out.shape) == out_shape and tuple(lse.shape) == lse_shape, f"shapes {out.shape}, {lse.shape}")
         _expect(given.get("out", out) is out and given.get("lse", lse) is lse, "given outputs are not those returned")
         _check_buffers(maker.buffers[:inputs], maker.buffers[inputs:])
@@ -378,6 +386,21 @@ def run_case(case: Case, device: str, memory: GuardedMemory | None) -> tuple[int
     for first, second, bits in zip(*results, (torch.int16, torch.int32)):
         _expect(bool((first.view(bits) == second.view(bits)).all()), "the second run gave other bits")
     return len(results), _compare(case, maker, parts, pages, starts, first_q if not case.split_q else q, *results[0])
+
+
+@cache
+def _part_stream() -> Any:
+    return torch.cuda.ExternalStream(green_context.stream_on(FEW_SMS, torch.cuda.current_device()))
+
+
+@contextmanager
+def _few_sms() -> Iterator[None]:
+    """Within, torch's current stream runs on FEW_SMS SMs, after what was launched before and before what comes next."""
+    everything, part = torch.cuda.current_stream(), _part_stream()
+    part.wait_stream(everything)
+    with torch.cuda.stream(part):
+        yield
+    everything.wait_stream(part)
 
 
 def _check_buffers(inputs: list[Buffer], outputs: list[Buffer]) -> None:
@@ -500,9 +523,8 @@ def _features(case: Case) -> list[str]:
     rows = max(case.queries, default=1) * case.heads
     tile = next((t for t in ROW_TILES if t >= rows), ROW_TILES[-1])
     names = [case.dtype, f"{case.latent_dim} dims", f"page {case.page_size}", f"{tile} rows"]
-    names += [
-        n for n in ("ragged", "csr", "causal", "uneven", "split_q", "shared_prefix", "planned") if getattr(case, n)
-    ]
+    flags = ("ragged", "csr", "causal", "uneven", "split_q", "shared_prefix", "planned", "few_sms")
+    names += [flag for flag in flags if getattr(case, flag)]
     return names
 
 

@@ -167,7 +167,7 @@ def test_the_doctor_without_a_gpu_finds_what_is_missing(capsys: pytest.CaptureFi
     compiler._compiled.clear()  # as in a new process
     status, text = run(capsys, "doctor")
     assert status == 1
-    assert "mla_decode[GENERAL=0, IS_BF16=1, LATENT_DIM=512, ROPE_DIM=64, ROWS=16] read from the disk cache" in text
+    assert f"{decode_spec('bfloat16', 512, 64, 16)} read from the disk cache" in text
     assert text.endswith("Decode on the GPU does not work here.\n")
 
 

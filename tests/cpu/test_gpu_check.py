@@ -14,7 +14,7 @@ import pytest
 
 from etap_rt import arguments
 from etap_rt.kernels import all_specs, decode_spec
-from etap_rt.schedule import plan_grid
+from etap_rt.schedule import OWN_TILES_SMS, plan_grid
 from tests.cases import make_inputs
 from tests.processes import ROOT, environment
 from tests.tool_modules import import_tool
@@ -210,15 +210,16 @@ def test_reports_of_a_sanitizer_are_counted(line: str) -> None:
 
 def test_the_sanitizers_see_every_decode_kernel() -> None:
     pytest.importorskip("cupy")
-    from tests.gpu.sanitizer_cases import CASES
+    from tests.gpu.sanitizer_cases import CASES, CASES_ON_FEW
 
     seen = set()
-    for case in CASES:
-        call = make_inputs(case).on(np.asarray)
-        problem = arguments.check(**call, out=None, lse=None).problem
-        rows = plan_grid(problem.typical_rows, SMS_OF_AN_H200).rows
-        dims = (problem.latent_dim, problem.rope_dim)
-        seen.add(decode_spec(problem.element, *dims, rows, general=problem.general))
+    for sms, cases in ((SMS_OF_AN_H200, CASES), (OWN_TILES_SMS, CASES_ON_FEW)):
+        for case in cases:
+            call = make_inputs(case).on(np.asarray)
+            problem = arguments.check(**call, out=None, lse=None).problem
+            grid = plan_grid(problem.typical_rows, sms)
+            about = (problem.element, problem.latent_dim, problem.rope_dim, grid.rows)
+            seen.add(decode_spec(*about, own_tiles=grid.own_tiles, general=problem.general))
     assert {spec for spec in all_specs() if spec.entry == "mla_decode"} == seen
 
 

@@ -18,7 +18,7 @@ from etap_rt.compiler import Compiled, build_report, compile_spec, compile_specs
 from etap_rt.decode import THREADS, Params
 from etap_rt.errors import CompileError
 from etap_rt.kernels import DIMS, ELEMENT_TYPES, KernelSpec, all_specs, decode_spec
-from etap_rt.schedule import ROW_TILES
+from etap_rt.schedule import OWN_TILES_ROWS, ROW_TILES
 
 REGISTERS_OF_AN_SM = 65536
 DECODE_SPECS = [spec for spec in all_specs() if spec.entry == "mla_decode"]
@@ -35,6 +35,7 @@ EVENTS = {
     "arrive": r"SYNCS\.ARRIVE",
     "both": r"BAR\.SYNC.* 0x3, 0x100",
     "barrier": r"BAR\.SYNC",
+    "vote": r"BAR\.RED",
     "values": r"HGMMA.*\.tnspA",
     "scores": HGMMA.pattern,
     "end": r"WARPGROUP\.DEPBAR",
@@ -86,13 +87,14 @@ def constants(spec: KernelSpec) -> dict[str, int]:
 
 def test_there_is_a_decode_kernel_for_every_dtype_dims_and_row_tile() -> None:
     wanted = {
-        decode_spec(dtype, *dims, rows, general=general)
+        decode_spec(dtype, *dims, rows, own_tiles=own_tiles, general=general)
         for dtype in ELEMENT_TYPES
         for dims in DIMS
         for rows in ROW_TILES
+        for own_tiles in ((False, True) if rows <= OWN_TILES_ROWS else (False,))
         for general in (False, True)
     }
-    assert len(DECODE_SPECS) == len(wanted) == 40
+    assert len(DECODE_SPECS) == len(wanted) == 72
     assert set(DECODE_SPECS) == wanted
 
 
@@ -157,9 +159,12 @@ def test_what_threads_write_is_fenced_before_wgmma_reads_it(
     events = [str(found.lastgroup) for line in lines if (found := EVENT.search(line))]
     in_order = " ".join(events)
     for written, then in (
-        (r"weights(?: weights)*", "fence arrive"),
-        (r"zeros(?: zeros)*", "fence barrier"),
-        (r"copied(?: copied)*(?= fence| both)", "fence both"),  # queries
+        (
+            r"weights(?: weights)*",
+            ("fence barrier", "fence vote") if constants(spec)["OWN_TILES"] else ("fence arrive",),
+        ),
+        (r"zeros(?: zeros)*", ("fence barrier",)),
+        (r"copied(?: copied)*(?= fence| both)", ("fence both",)),  # queries
     ):
         after = [in_order[found.end() + 1 :] for found in re.finditer(written, in_order)]
         assert after and all(events_after.startswith(then) for events_after in after), written

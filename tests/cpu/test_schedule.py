@@ -242,6 +242,13 @@ def test_up_to_a_tile_of_rows_every_sm_is_a_lane_of_its_own() -> None:
     assert plan_grid(16, 132) == H200
 
 
+@pytest.mark.parametrize(("rows", "sm_count"), [(8, 80), (16, 32), (32, 78), (17, 1)])
+def test_on_few_sms_each_warpgroup_has_tiles_of_its_own(rows: int, sm_count: int) -> None:
+    assert plan_grid(rows, sm_count).own_tiles
+    assert not plan_grid(rows, 132).own_tiles
+    assert not plan_grid(rows + 32, sm_count).own_tiles, "registers for 32 rows at most"
+
+
 @pytest.mark.parametrize(("length", "tiles"), [(0, 1), (1, 1), (TILE_KEYS, 1), (TILE_KEYS + 1, 2)])
 def test_a_request_without_keys_still_has_a_tile_of_work(length: int, tiles: int) -> None:
     assert unit_tiles(length) == tiles

@@ -1,7 +1,8 @@
 """Small decodes for compute-sanitizer, with CuPy alone: python -m tests.gpu.sanitizer_cases
 
 Run by test_sanitizer.py under the sanitizer's tools, which slow a kernel down a hundredfold: so little of everything
-that differs in the way through a kernel (pages, loads of q, shared units, lists), and then every kernel once.
+that differs in the way through a kernel (pages, loads of q, shared units, lists), and then every kernel once. Those for
+few SMs run on all of them here.
 """
 
 from __future__ import annotations
@@ -9,36 +10,47 @@ from __future__ import annotations
 import cupy
 import numpy as np
 
-from etap_rt import PagedKVCache, compiler, decode, merge_states, mla_decode
+from etap_rt import PagedKVCache, compiler, decode, merge_states, mla_decode, schedule
 from etap_rt.kernels import DIMS, ELEMENT_TYPES, STATE_TYPES, all_specs
-from etap_rt.schedule import ROW_TILES
+from etap_rt.schedule import OWN_TILES_ROWS, ROW_TILES
 from tests.cache_model import host, to_cupy
 from tests.cases import NUMPY_DTYPES, Case, assert_close, prepared
 
 SHARED_BY_ALL = Case("16 rows, one unit of all lanes", dtype="float16", lengths=(9000,))
+TWO_A_LANE = Case("8 rows, 320, two requests for each lane", lengths=(65,) * 262, heads=1, latent_dim=256)
+RAGGED = Case("ragged", queries=(1, 0, 3, 2), lengths=(64, 65, 1, 500))
+UNEVEN = Case("32 rows, uneven scores", lengths=(700, 64), heads=32, uneven=True)
+EVERY_KERNEL = tuple(
+    Case(f"{dtype}, {dim}, {rows} rows, pages of {size}", dtype, dim, (65, 3), rows, page_size=size)
+    for dtype in ELEMENT_TYPES
+    for dim, _ in DIMS
+    for rows in ROW_TILES
+    for size in (16, 64)
+)
 CASES = (
     Case("8 rows, units of several lanes", lengths=(1000, 0, 65), heads=8),
     Case("8 rows, fp16, 320", dtype="float16", latent_dim=256, lengths=(1, 129), heads=3),
     SHARED_BY_ALL,
     Case("16 rows, 320, more units than lanes", lengths=tuple(29 * i % 131 for i in range(140)), latent_dim=256),
-    Case("8 rows, 320, two requests for each lane", lengths=(65,) * 262, heads=1, latent_dim=256),
+    TWO_A_LANE,
     Case("24 rows, masked", lengths=(0, 1, 200), heads=12, s_q=2, dtype="float16"),
     Case("24 rows, 320, not masked", lengths=(70, 300), heads=24, causal=False, latent_dim=256),
-    Case("32 rows, uneven scores", lengths=(700, 64), heads=32, uneven=True),
+    UNEVEN,
     Case("32 rows, fp16, 320", lengths=(300, 64), heads=16, s_q=2, dtype="float16", latent_dim=256),
     Case("64 rows, two tiles of them, masked", lengths=(0, 3, 500), heads=40, s_q=2, split_q=True, split_cache=True),
     Case("64 rows, 320, one unit of all lanes", lengths=(3000,), heads=64, latent_dim=256, uneven=True),
     *(Case(f"pages of {size}", page_size=size, lengths=(0, 63, 65, 300)) for size in (1, 4, 8, 32, 256)),
     Case("strided", strided=True, s_q=2, heads=3, lengths=(0, 65, 300)),
-    Case("ragged", queries=(1, 0, 3, 2), lengths=(64, 65, 1, 500)),
+    RAGGED,
     Case("ragged, page lists, 64 rows", queries=(2, 5, 0), csr=True, lengths=(3, 300, 9), heads=32, page_size=16),
-    *(
-        Case(f"{dtype}, {dim}, {rows} rows, pages of {size}", dtype, dim, (65, 3), rows, page_size=size)
-        for dtype in ELEMENT_TYPES
-        for dim, _ in DIMS
-        for rows in ROW_TILES
-        for size in (16, 64)
-    ),
+    *EVERY_KERNEL,
+)
+CASES_ON_FEW = (
+    SHARED_BY_ALL,
+    TWO_A_LANE,
+    UNEVEN,
+    RAGGED,
+    *(case for case in EVERY_KERNEL if case.heads <= OWN_TILES_ROWS),
 )
 
 
@@ -76,6 +88,10 @@ def main() -> None:
         decode.PATIENCE = patience
         check(SHARED_BY_ALL)
     check_cache()
+    schedule.OWN_TILES_SMS = 1 << 30
+    decode._launches.clear()
+    for case in CASES_ON_FEW:
+        check(case)
     missing = set(all_specs()) - {spec for spec, *_ in compiler._loaded}
     assert not missing, f"no case runs {', '.join(map(str, missing))}"
 

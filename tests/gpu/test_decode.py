@@ -32,7 +32,16 @@ from tests.cases import (
     make_inputs,
     prepared,
 )
-from tests.gpu_cases import assert_matches_float64, assert_same_bits, on_gpu, query, run, with_libraries
+from tests.gpu_cases import (
+    DIVISIONS,
+    SMALL_PAGES,
+    assert_matches_float64,
+    assert_same_bits,
+    on_gpu,
+    query,
+    run,
+    with_libraries,
+)
 from tests.processes import ROOT, environment
 
 torch: Any = pytest.importorskip("torch")
@@ -45,19 +54,6 @@ FIRST_CALL_SECONDS = {"empty cache": 5.0, "warm cache": 0.3}
 SLEEP_CYCLES_PER_MS = 2_000_000  # of _sleep, roughly
 
 SMALL = Case("small", lengths=(0, 1, 64, 200), heads=4, s_q=2)
-# Units that one lane has alone, that a few share and that all share; 8, 16 and 64 rows; one and more passes.
-DIVISIONS = (
-    Case("mixed"),
-    Case("small-pages", page_size=16),
-    Case("one-request", lengths=(9001,)),
-    Case("one-request-8-rows", lengths=(9001,), heads=8, dtype="float16"),
-    Case("one-request-128-heads", lengths=(4500,), heads=128),
-    Case("many-short", lengths=tuple(7 * i % 211 for i in range(300)), heads=8),
-    Case("two-requests-a-lane", lengths=(130,) * 260, heads=8, latent_dim=256),
-    Case("5-queries-128-heads", s_q=5, heads=128, lengths=(3, 64, 65, 1500)),
-    Case("one-long-many-short-320", latent_dim=256, heads=24, lengths=(1, 5, 7000, *range(60, 70), 0, 0, 300)),
-)
-SMALL_PAGES = tuple(Case(f"page-size-{size}", page_size=size) for size in (1, 2, 4, 8, 16, 32))
 CUPY_CASES = ("bf16", "fp16", "bf16-17-heads", "split-both-fp16-320", "strided", "strided-split", "all-empty")
 
 

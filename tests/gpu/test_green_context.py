@@ -1,17 +1,46 @@
-"""Streams that run on a part of the GPU's SMs."""
+"""Streams that run on a part of the GPU's SMs, and what is different there: each warpgroup has key tiles of its own."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-torch = pytest.importorskip("torch")
+import etap_rt
+from etap_rt import driver
+from etap_rt.schedule import OWN_TILES_SMS
+from tests.cache_model import TORCH_CUDA
+from tests.cases import CASES, Case
+from tests.gpu_cases import DIVISIONS, SMALL_PAGES, assert_matches_float64, assert_same_bits, on_gpu, run
+from tests.tool_modules import import_tool
 
-import etap_rt  # noqa: E402
-from etap_rt import driver  # noqa: E402
-from tests.tool_modules import import_tool  # noqa: E402
-
+torch: Any = pytest.importorskip("torch")
 green_context = import_tool("green_context")
 SCALE = 192**-0.5
+FEW_SMS = 64
+
+
+@pytest.fixture(scope="module")
+def few_sms() -> Any:
+    """A stream of torch on FEW_SMS SMs."""
+    assert FEW_SMS <= OWN_TILES_SMS
+    return torch.cuda.ExternalStream(green_context.stream_on(FEW_SMS, torch.cuda.current_device()))
+
+
+@pytest.mark.parametrize("case", (*SMALL_PAGES, *CASES, *DIVISIONS), ids=str)
+def test_decode_on_few_sms_matches_float64(case: Case, few_sms: Any) -> None:
+    with torch.cuda.stream(few_sms):
+        assert_matches_float64(case, TORCH_CUDA)
+        few_sms.synchronize()
+
+
+@pytest.mark.parametrize("case", DIVISIONS, ids=str)
+def test_decode_on_few_sms_gives_the_same_bits_every_time(case: Case, few_sms: Any) -> None:
+    with torch.cuda.stream(few_sms):
+        call = on_gpu(case)
+        expected = run(call, case.latent_dim)
+        for _ in range(20):
+            assert_same_bits(run(call, case.latent_dim), expected)
 
 
 @pytest.mark.parametrize("sms", [8, 32])
