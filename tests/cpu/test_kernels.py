@@ -10,6 +10,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from typing import Any
 
 import pytest
 
@@ -96,6 +97,20 @@ def test_there_is_a_decode_kernel_for_every_dtype_dims_and_row_tile() -> None:
     }
     assert len(DECODE_SPECS) == len(wanted) == 72
     assert set(DECODE_SPECS) == wanted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "own_tiles", "message"),
+    [
+        (("float32", 512, 64, 16), False, "no decode kernel for float32"),
+        (("bfloat16", 512, 32, 16), False, "dims 512 \\+ 32"),
+        (("bfloat16", 512, 64, 12), False, "12 rows a tile"),
+        (("bfloat16", 512, 64, 64), True, "with 64 rows a tile the warpgroups share the key tiles"),
+    ],
+)
+def test_kernels_that_there_are_not_are_refused(arguments: Any, own_tiles: bool, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decode_spec(*arguments, own_tiles=own_tiles)
 
 
 @pytest.mark.parametrize("spec", all_specs(), ids=str)

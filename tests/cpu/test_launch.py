@@ -85,7 +85,7 @@ def test_the_kernel_gets_the_addresses_of_this_call(notes: DecodeNotes) -> None:
     assert notes.launches == [(SMS, decode.THREADS, decode.SHARED_BYTES, STREAM)]
 
 
-def test_a_stream_on_a_part_of_the_sms_gets_a_grid_for_that_part(
+def test_a_stream_on_a_part_of_the_sms_gets_a_grid_and_a_kernel_for_that_part(
     notes: DecodeNotes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = arguments()
@@ -94,6 +94,7 @@ def test_a_stream_on_a_part_of_the_sms_gets_a_grid_for_that_part(
         etap_rt.mla_decode(**call)
     assert [grid for grid, *_ in notes.launches] == [SMS, 32, SMS]
     assert [params.lanes for params in notes.params] == [SMS, 32, SMS]
+    assert [dict(spec.defines)["OWN_TILES"] for spec in notes.specs] == [0, 1], "each once"
 
 
 def test_a_call_that_was_seen_before_gets_what_it_would_get_otherwise(notes: DecodeNotes) -> None:
