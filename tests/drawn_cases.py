@@ -62,5 +62,5 @@ def cases(draw: st.DrawFn, device: str) -> Any:
         spare_columns=draw(st.sampled_from((0, 1, 7, 300))),
         outputs=draw(st.sampled_from(("made", "out", "lse", "both"))),
         planned=draw(st.booleans()),
-        few_sms=draw(st.booleans()),
+        few_sms=device == "cuda" and draw(st.booleans()),
     )
