@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import itertools
+import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from etap_rt import compiler, kv_memory, states
 from etap_rt.compiler import Compiled, build_report, compile_spec, compile_specs
-from etap_rt.decode import THREADS, Params
+from etap_rt.decode import CHUNK_DIMS, THREADS, Params
 from etap_rt.errors import CompileError
 from etap_rt.kernels import DIMS, ELEMENT_TYPES, KernelSpec, all_specs, decode_spec
 from etap_rt.schedule import OWN_TILES_ROWS, ROW_TILES
@@ -27,10 +28,13 @@ DECODE_SPECS = [spec for spec in all_specs() if spec.entry == "mla_decode"]
 # Instructions of the tensor cores. Those whose result is the register RZ compute nothing: ptxas waits with them.
 HGMMA = re.compile(r"HGMMA\.(\d+x\d+x\d+)\.(\S+) R\d")
 LOCAL_MEMORY = re.compile(r"\b(?:LDL|STL)\b.*")
-# What threads write to shared memory for wgmma, what makes such writes visible to it, what tells others of them.
+# What threads write to shared memory, for wgmma or each other, and read there, what makes it visible to wgmma and the
+# copy engine, what tells others of it.
 EVENTS = {
     "weights": r"STSM\.",
     "zeros": r"STS\.128 .*, RZ",
+    "left": r"STS\.128 .*, R\d",
+    "taken": r"LDS\.128",
     "copied": r"DEPBAR\.LE SB0",
     "fence": r"FENCE\.VIEW\.ASYNC",
     "arrive": r"SYNCS\.ARRIVE",
@@ -64,7 +68,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Ker
 
 
 @pytest.fixture(scope="module")
-def dump(compiled: Callable[[KernelSpec], Compiled]) -> Callable[[KernelSpec, str], str]:
+def dump(compiled: Callable[[KernelSpec], Compiled]) -> Iterator[Callable[[KernelSpec, str], str]]:
     """What cuobjdump says of a spec's machine code: "-sass" is the instructions, "-elf" the sections."""
     files = metadata.files("nvidia-cuda-cuobjdump") or []
     cuobjdump = next(str(file.locate()) for file in files if file.name == "cuobjdump")
@@ -73,13 +77,16 @@ def dump(compiled: Callable[[KernelSpec], Compiled]) -> Callable[[KernelSpec, st
         command = [cuobjdump, what, str(compiled(spec).path)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    return run
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        wanted = [*itertools.product(all_specs(), ["-elf"]), *itertools.product(DECODE_SPECS, ["-sass"])]
+        dumps = {of: pool.submit(run, *of) for of in wanted}
+        yield lambda spec, what: dumps[spec, what].result()
 
 
 @pytest.fixture(scope="module")
 def disassemble(dump: Callable[[KernelSpec, str], str]) -> Callable[[KernelSpec], str]:
     """Gives the SASS of a spec."""
-    return functools.cache(functools.partial(dump, what="-sass"))
+    return lambda spec: dump(spec, "-sass")
 
 
 def constants(spec: KernelSpec) -> dict[str, int]:
@@ -186,3 +193,32 @@ def test_what_threads_write_is_fenced_before_wgmma_reads_it(
     if constants(spec)["GENERAL"]:  # keys may have been copied by threads
         before = [a for a, b in itertools.pairwise(events) if b == "scores" and a != "scores"]
         assert before and set(before) == {"fence"}
+
+
+@pytest.mark.parametrize("spec", [spec for spec in DECODE_SPECS if constants(spec)["OWN_TILES"]], ids=str)
+def test_what_warpgroups_leave_in_the_ring_is_taken_before_its_chunks_go_back(
+    spec: KernelSpec, disassemble: Callable[[KernelSpec], str]
+) -> None:
+    """It is left when all warps are done with the chunks, and the copy engine gets them when all has been read."""
+    events = [str(found.lastgroup) for line in disassemble(spec).splitlines() if (found := EVENT.search(line))]
+    exchange = re.findall(r"(?: barrier)+((?: left)+) arrive((?: taken)+) fence arrive", " ".join(events))
+    assert len(exchange) == 1
+    of_thread = constants(spec)["LATENT_DIM"] // 2 // CHUNK_DIMS * constants(spec)["ROWS"] // 8  # fours of floats
+    assert [items.count(" ") for items in exchange[0]] == [of_thread, of_thread]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        s
+        for s in DECODE_SPECS
+        if constants(s)["ROWS"] <= 16 and not (constants(s)["GENERAL"] or constants(s)["OWN_TILES"])
+    ],
+    ids=str,
+)
+def test_short_calls_find_all_their_code_in_the_first_64_kb(
+    spec: KernelSpec, disassemble: Callable[[KernelSpec], str]
+) -> None:
+    """What lies behind is slow the first time: a merge there takes 1 us longer (tools/results/what_bounds_it.md)."""
+    exits = re.findall(r"/\*([0-9a-f]{4,})\*/ +EXIT", disassemble(spec))
+    assert exits and int(exits[-1], 16) < 64 << 10
