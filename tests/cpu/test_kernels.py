@@ -46,6 +46,7 @@ EVENTS = {
     "end": r"WARPGROUP\.DEPBAR",
 }
 EVENT = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in EVENTS.items()))
+WAIT = re.compile(r"SYNCS\.PHASECHK.*\+(0x[0-9a-f]+)\]")  # for an mbarrier, at a place in shared memory
 PARAMETER_BYTES = re.compile(r"EIATTR_KPARAM_INFO\n.*\n.*Size *: (0x[0-9a-f]+)")
 PARAMETERS: dict[str, type[ctypes.Structure]] = {
     "mla_decode": Params,
@@ -205,6 +206,23 @@ def test_what_warpgroups_leave_in_the_ring_is_taken_before_its_chunks_go_back(
     assert len(exchange) == 1
     of_thread = constants(spec)["LATENT_DIM"] // 2 // CHUNK_DIMS * constants(spec)["ROWS"] // 8  # fours of floats
     assert [items.count(" ") for items in exchange[0]] == [of_thread, of_thread]
+
+
+@pytest.mark.parametrize("spec", DECODE_SPECS, ids=str)
+def test_others_are_told_of_a_partial_result_when_all_warps_have_left_their_part(
+    spec: KernelSpec, disassemble: Callable[[KernelSpec], str]
+) -> None:
+    """The count of arrivals is raised behind a fence, behind a wait for the barrier at which they arrive then."""
+    lines = disassemble(spec).splitlines()
+    (raised,) = [i for i, line in enumerate(lines) if "REDG." in line]
+    waits = [(i, found[1]) for i, line in enumerate(lines[:raised]) if (found := WAIT.search(line))]
+    waited, barrier = waits[-1]
+    assert any("MEMBAR.ALL.GPU" in line for line in lines[waited:raised])
+    (arrived,) = [i for i, line in enumerate(lines) if re.search(rf"SYNCS\.ARRIVE.*\+{barrier}\]", line)]
+    before = max(i for i, line in enumerate(lines[:arrived]) if "SYNCS." in line)
+    store = "STG.E.64" if constants(spec)["IS_BF16"] else "STG.E.128"  # of four elements, in fp16 or fp32
+    stores = sum(store in line for line in lines[before:arrived])
+    assert stores == constants(spec)["LATENT_DIM"] // 2 // CHUNK_DIMS * constants(spec)["ROWS"] // 8
 
 
 @pytest.mark.parametrize(
