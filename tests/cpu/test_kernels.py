@@ -200,9 +200,14 @@ def test_what_threads_write_is_fenced_before_wgmma_reads_it(
 def test_what_warpgroups_leave_in_the_ring_is_taken_before_its_chunks_go_back(
     spec: KernelSpec, disassemble: Callable[[KernelSpec], str]
 ) -> None:
-    """It is left when all warps are done with the chunks, and the copy engine gets them when all has been read."""
+    """It is left when all warps are done with the chunks, and the copy engine gets them when all has been read.
+
+    What warps leave there when they divide a merge comes behind a barrier of all.
+    """
     events = [str(found.lastgroup) for line in disassemble(spec).splitlines() if (found := EVENT.search(line))]
-    exchange = re.findall(r"(?: barrier)+((?: left)+) arrive((?: taken)+) fence arrive", " ".join(events))
+    in_order = " ".join(events)
+    exchange = re.findall(r"(?: barrier)+((?: left)+) arrive((?: taken)+) fence arrive", in_order)
+    assert " arrive both vote both left" in in_order
     assert len(exchange) == 1
     of_thread = constants(spec)["LATENT_DIM"] // 2 // CHUNK_DIMS * constants(spec)["ROWS"] // 8  # fours of floats
     assert [items.count(" ") for items in exchange[0]] == [of_thread, of_thread]
