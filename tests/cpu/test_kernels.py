@@ -230,6 +230,29 @@ def test_others_are_told_of_a_partial_result_when_all_warps_have_left_their_part
     assert stores == constants(spec)["LATENT_DIM"] // 2 // CHUNK_DIMS * constants(spec)["ROWS"] // 8
 
 
+@pytest.mark.parametrize("spec", DECODE_SPECS, ids=str)
+def test_warpgroups_wait_for_each_other_before_the_ring_serves_something_else(
+    spec: KernelSpec, disassemble: Callable[[KernelSpec], str]
+) -> None:
+    """At the barrier of the sums, which the coordinator waits for before that of the partial results.
+
+    Before one takes what the other has left there, or, if they leave nothing, before a merge: either may multiply yet.
+    """
+    lines = disassemble(spec).splitlines()
+    raised = next(i for i, line in enumerate(lines) if "REDG." in line)
+    *_, sums, _ = [found[1] for line in lines[:raised] if (found := WAIT.search(line))]
+    vote = max(
+        i for i, line in enumerate(lines) if "BAR.RED" in line
+    )  # whether to take over somebody's part of a merge
+    if constants(spec)["OWN_TILES"]:
+        after = max(i for i, line in enumerate(lines[:vote]) if re.search(EVENTS["left"], line))
+        before = next(i for i in range(after, vote) if re.search(EVENTS["taken"], lines[i]))
+    else:
+        after, before = max(i for i, line in enumerate(lines[:vote]) if re.search(r"\bEXIT\b", line)), vote
+    waits = [found[1] for line in lines[after:before] if (found := WAIT.search(line))]
+    assert sums in waits
+
+
 @pytest.mark.parametrize(
     "spec",
     [
