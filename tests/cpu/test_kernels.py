@@ -46,7 +46,6 @@ EVENTS = {
     "end": r"WARPGROUP\.DEPBAR",
 }
 EVENT = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in EVENTS.items()))
-WAIT = re.compile(r"SYNCS\.PHASECHK.*\+(0x[0-9a-f]+)\]")  # for an mbarrier, at a place in shared memory
 PARAMETER_BYTES = re.compile(r"EIATTR_KPARAM_INFO\n.*\n.*Size *: (0x[0-9a-f]+)")
 PARAMETERS: dict[str, type[ctypes.Structure]] = {
     "mla_decode": Params,
@@ -217,40 +216,31 @@ def test_what_warpgroups_leave_in_the_ring_is_taken_before_its_chunks_go_back(
 def test_others_are_told_of_a_partial_result_when_all_warps_have_left_their_part(
     spec: KernelSpec, disassemble: Callable[[KernelSpec], str]
 ) -> None:
-    """The count of arrivals is raised behind a fence, behind a wait for the barrier at which they arrive then."""
-    lines = disassemble(spec).splitlines()
-    (raised,) = [i for i, line in enumerate(lines) if "REDG." in line]
-    waits = [(i, found[1]) for i, line in enumerate(lines[:raised]) if (found := WAIT.search(line))]
-    waited, barrier = waits[-1]
-    assert any("MEMBAR.ALL.GPU" in line for line in lines[waited:raised])
-    (arrived,) = [i for i, line in enumerate(lines) if re.search(rf"SYNCS\.ARRIVE.*\+{barrier}\]", line)]
-    before = max(i for i, line in enumerate(lines[:arrived]) if "SYNCS." in line)
+    """The count of arrivals is raised behind a fence, that behind a wait for what warps tell after their stores."""
+    sass = disassemble(spec)
+    raised = sass[: sass.index("REDG.")]
+    waited = raised[raised.rindex("SYNCS.ARRIVE") :]  # since the queries' place was given back
+    assert waited.count("SYNCS.PHASECHK") == 1
+    assert "MEMBAR.ALL.GPU" in waited[waited.index("SYNCS.PHASECHK") :]
     store = "STG.E.64" if constants(spec)["IS_BF16"] else "STG.E.128"  # of four elements, in fp16 or fp32
-    stores = sum(store in line for line in lines[before:arrived])
-    assert stores == constants(spec)["LATENT_DIM"] // 2 // CHUNK_DIMS * constants(spec)["ROWS"] // 8
+    parts = constants(spec)["LATENT_DIM"] // 2 // CHUNK_DIMS * constants(spec)["ROWS"] // 8
+    steps = sass.split("SYNCS.")  # each begins with what was done at a barrier
+    assert any(step.count(store) == parts and then.startswith("ARRIVE") for step, then in itertools.pairwise(steps))
 
 
 @pytest.mark.parametrize("spec", DECODE_SPECS, ids=str)
 def test_warpgroups_wait_for_each_other_before_the_ring_serves_something_else(
     spec: KernelSpec, disassemble: Callable[[KernelSpec], str]
 ) -> None:
-    """At the barrier of the sums, which the coordinator waits for before that of the partial results.
-
-    Before one takes what the other has left there, or, if they leave nothing, before a merge: either may multiply yet.
-    """
-    lines = disassemble(spec).splitlines()
-    raised = next(i for i, line in enumerate(lines) if "REDG." in line)
-    *_, sums, _ = [found[1] for line in lines[:raised] if (found := WAIT.search(line))]
-    vote = max(
-        i for i, line in enumerate(lines) if "BAR.RED" in line
-    )  # whether to take over somebody's part of a merge
+    """Before one takes what the other has left there; if they leave nothing, before a merge: one may multiply yet."""
+    sass = disassemble(spec)
+    end = sass[: sass.rindex("BAR.RED")]  # the vote on taking over parts of a merge, for which arrivals are waited for
     if constants(spec)["OWN_TILES"]:
-        after = max(i for i, line in enumerate(lines[:vote]) if re.search(EVENTS["left"], line))
-        before = next(i for i in range(after, vote) if re.search(EVENTS["taken"], lines[i]))
+        after = [found.end() for found in re.finditer(EVENTS["left"], end)][-1]
+        taken = re.compile(EVENTS["taken"]).search(end, after)
+        assert taken and "SYNCS.PHASECHK" in end[after : taken.start()]
     else:
-        after, before = max(i for i, line in enumerate(lines[:vote]) if re.search(r"\bEXIT\b", line)), vote
-    waits = [found[1] for line in lines[after:before] if (found := WAIT.search(line))]
-    assert sums in waits
+        assert end[end.rindex("EXIT") :].count("SYNCS.PHASECHK") == 2
 
 
 @pytest.mark.parametrize(
