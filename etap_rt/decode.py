@@ -300,6 +300,7 @@ class Params(ctypes.Structure):
         ("stack", ctypes.c_int32),
         ("row_groups", ctypes.c_int32),
         ("passes", ctypes.c_int32),
+        ("chunks_ahead", ctypes.c_int32),
         ("causal", ctypes.c_int32),
         ("q_vector_loads", ctypes.c_int32),
         ("patience", ctypes.c_int32),
@@ -338,6 +339,7 @@ def make_params(problem: Problem, grid: Grid) -> Params:
     params.tile_pages = max(1, TILE_KEYS // problem.page_size)
     params.gather = problem.page_size.bit_length() if problem.page_size <= GATHERED_PAGE else 0
     params.lanes, params.row_groups, params.passes = grid.lanes, grid.row_groups, grid.passes
+    params.chunks_ahead = grid.chunks_ahead
     params.by_heads, params.by_page_tiles = divider(params.heads), divider(params.page_tiles)
     params.by_lanes = divider(params.lanes)
     units = problem.batch * grid.passes

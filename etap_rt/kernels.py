@@ -42,8 +42,8 @@ def decode_spec(
 
     With `own_tiles`, for up to 32 rows, each warpgroup has key tiles of its own.
 
-    Unless it is `general` it knows nothing of ragged queries, page lists and pages smaller than a tile: a launch
-    fetches all its instructions anew, and to step over those took longer than anything else before the first load.
+    Unless it is `general` it knows nothing of ragged queries, page lists and pages smaller than a tile: to step over
+    those took longer than anything else before the first load.
     With `trace` the kernel writes down when its CTAs did what.
     """
     if dtype not in ELEMENT_TYPES or (latent_dim, rope_dim) not in DIMS or rows not in ROW_TILES:

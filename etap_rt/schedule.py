@@ -24,7 +24,8 @@ from dataclasses import dataclass
 TILE_KEYS = 64
 ROW_TILES = (8, 16, 24, 32, 64)
 OWN_TILES_ROWS = 32  # up to so many a warpgroup has registers for all dims of the accumulator
-OWN_TILES_SMS = 80  # up to so many products are scarcer than memory: see mla_decode.cu
+SCARCE_SMS = 80  # up to so many products are scarcer than memory: see mla_decode.cu
+CHUNKS_AHEAD = (1, 3)  # where room in the ring is scarce, elsewhere: likewise
 MAX_ROW_GROUPS = 8
 SWITCH_TILES = 4  # what a lane loses by starting on another unit, measured in tiles of an H200
 EVEN_SLACK_LOG2 = 3  # what it costs to merge units that need not be, as a part of a lane's work: see mla_decode.cu
@@ -40,6 +41,7 @@ class Grid:
     passes: int  # passes over a request; passes * row_groups row tiles cover all rows
     lanes: int
     own_tiles: bool = False  # each warpgroup of a CTA has key tiles of its own, rather than dims of all
+    chunks_ahead: int = CHUNKS_AHEAD[1]  # of the next tile that are multiplied before this one ends, where they share
 
     @property
     def ctas(self) -> int:
@@ -64,8 +66,10 @@ def plan_grid(rows: int, sm_count: int) -> Grid:
     Up to 32 rows the smallest tile that holds them all wins: a wgmma costs max(16 + N/4, N/2) cycles, so
     padding is nearly free, but a second tile would stream the whole cache again. Above 32 rows, 64 reaches
     the full tensor rate. Each SM holds one CTA (shared memory is full), so there are at most `sm_count`. On few SMs
-    the warpgroups have key tiles of their own: they wait less for each other, which pays where the tensor cores, not
-    the memory, are what a call waits for (an H20, or a part of the SMs of a larger GPU).
+    (an H20, or a part of the SMs of a larger GPU), and where several row tiles share what is loaded, the tensor cores,
+    not the memory, are what a call waits for. Then it pays that the warpgroups wait less for each other: where there
+    are registers for it they have key tiles of their own, otherwise they multiply more chunks ahead. That takes room
+    from what is being loaded, of which the queries of 64 rows leave little.
     """
     if rows < 1 or sm_count < 1:
         raise ValueError(f"rows and sm_count must be positive, got {rows} and {sm_count}")
@@ -74,8 +78,10 @@ def plan_grid(rows: int, sm_count: int) -> Grid:
     limit = min(MAX_ROW_GROUPS, sm_count)
     passes = -(-row_tiles // limit)
     row_groups = -(-row_tiles // passes)
-    own_tiles = tile <= OWN_TILES_ROWS and sm_count <= OWN_TILES_SMS
-    return Grid(tile, row_groups, passes, max(1, sm_count // row_groups), own_tiles)
+    scarce = sm_count <= SCARCE_SMS
+    own_tiles = scarce and tile <= OWN_TILES_ROWS
+    chunks_ahead = CHUNKS_AHEAD[tile < ROW_TILES[-1] or row_groups > 1 or scarce]
+    return Grid(tile, row_groups, passes, max(1, sm_count // row_groups), own_tiles, chunks_ahead)
 
 
 def unit_tiles(seqlen: int) -> int:

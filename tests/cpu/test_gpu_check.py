@@ -14,7 +14,7 @@ import pytest
 
 from etap_rt import arguments
 from etap_rt.kernels import all_specs, decode_spec
-from etap_rt.schedule import OWN_TILES_SMS, plan_grid
+from etap_rt.schedule import SCARCE_SMS, plan_grid
 from tests.cases import make_inputs
 from tests.processes import ROOT, environment
 from tests.tool_modules import import_tool
@@ -213,7 +213,7 @@ def test_the_sanitizers_see_every_decode_kernel() -> None:
     from tests.gpu.sanitizer_cases import CASES, CASES_ON_FEW
 
     seen = set()
-    for sms, cases in ((SMS_OF_AN_H200, CASES), (OWN_TILES_SMS, CASES_ON_FEW)):
+    for sms, cases in ((SMS_OF_AN_H200, CASES), (SCARCE_SMS, CASES_ON_FEW)):
         for case in cases:
             call = make_inputs(case).on(np.asarray)
             problem = arguments.check(**call, out=None, lse=None).problem

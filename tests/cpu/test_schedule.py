@@ -249,6 +249,11 @@ def test_on_few_sms_each_warpgroup_has_tiles_of_its_own(rows: int, sm_count: int
     assert not plan_grid(rows + 32, sm_count).own_tiles, "registers for 32 rows at most"
 
 
+@pytest.mark.parametrize(("rows", "sm_count"), [(16, 132), (32, 132), (65, 132), (128, 132), (64, 80)])
+def test_where_room_is_scarcer_than_products_fewer_chunks_are_multiplied_ahead(rows: int, sm_count: int) -> None:
+    assert plan_grid(rows, sm_count).chunks_ahead > plan_grid(64, 132).chunks_ahead > 0
+
+
 @pytest.mark.parametrize(("length", "tiles"), [(0, 1), (1, 1), (TILE_KEYS, 1), (TILE_KEYS + 1, 2)])
 def test_a_request_without_keys_still_has_a_tile_of_work(length: int, tiles: int) -> None:
     assert unit_tiles(length) == tiles

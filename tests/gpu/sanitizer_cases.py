@@ -88,7 +88,7 @@ def main() -> None:
         decode.PATIENCE = patience
         check(SHARED_BY_ALL)
     check_cache()
-    schedule.OWN_TILES_SMS = 1 << 30
+    schedule.SCARCE_SMS = 1 << 30
     decode._launches.clear()
     for case in CASES_ON_FEW:
         check(case)

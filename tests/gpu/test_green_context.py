@@ -8,7 +8,7 @@ import pytest
 
 import etap_rt
 from etap_rt import driver
-from etap_rt.schedule import OWN_TILES_SMS
+from etap_rt.schedule import SCARCE_SMS
 from tests.cache_model import TORCH_CUDA
 from tests.cases import CASES, Case
 from tests.gpu_cases import DIVISIONS, SMALL_PAGES, assert_matches_float64, assert_same_bits, on_gpu, run
@@ -23,7 +23,7 @@ FEW_SMS = 64
 @pytest.fixture(scope="module")
 def few_sms() -> Any:
     """A stream of torch on FEW_SMS SMs."""
-    assert FEW_SMS <= OWN_TILES_SMS
+    assert FEW_SMS <= SCARCE_SMS
     return torch.cuda.ExternalStream(green_context.stream_on(FEW_SMS, torch.cuda.current_device()))
 
 
