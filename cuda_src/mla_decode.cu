@@ -418,6 +418,11 @@ struct Progress {
 // accumulators, where newer ones use registers that the threads of a warp share.
 constexpr bool PROGRESS_IN_MEMORY = __CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ < 5 && ROWS > 16;
 
+// Whether warpgroups that share tiles vote on moving the references before they take the weights. Measured on H200s, with the
+// vote and without: 128 heads, 128 requests of 8K, 485.6 and 475.9 us; in fp16, where they often move, 16 requests of 2K 19.8
+// and 20.2. NVRTC up to 12.4 has too few registers for 64 rows otherwise.
+constexpr bool VOTE_FIRST = !IS_BF16 || (PROGRESS_IN_MEMORY && ROWS > 32);
+
 // A unit that several lanes share, for the merge.
 struct SharedUnit {
     int request, pass;
@@ -645,7 +650,9 @@ __device__ __forceinline__ void prefetch_inputs(const Params& p, int lane, int r
 // ---------------------------------------------------------------------------------------------- producer
 
 // Brings every PRODUCER_WARPS-th chunk of one tile that lies in `parts` pages. Thread l of the warp copies parts l and
-// l + 32, of `page` and `second`.
+// l + 32, of `page` and `second`. What it brings makes room in L2 before anything else does. Measured in one run on an H200, as
+// anything else and so: mixed lengths 52.3 and 51.1, 61.4 and 59.8, 63.6 and 61.7 us, 16 requests of 64K 274.9 and 272.2, 32
+// requests of 8K with the same pages 43.6 and 43.7, with the same first 4K 50.2 and 49.9.
 __device__ __forceinline__ void produce_tile(const Params& p, Shared& s, const Place& first, int parts, int token, int page,
                                              int second) {
     const int l = threadIdx.x % 32, warp = uniform(threadIdx.x / 32 - CONSUMER_WARPS);
@@ -948,7 +955,9 @@ struct Consumer {
         // Measured on an H200, a loop and all chunks in a row, 16 requests of 16K on 32 SMs: 16 rows 132.5 and 128.2 us, 32
         // rows 161.5 and 164.2.
 #pragma unroll (OWN_TILES && ROWS <= 16 ? TILE_CHUNKS : 1)
-        for (int j = from; j < to; ++j) multiply_chunk(c, j);
+        do  // once at least, or NVRTC 12.3 sees the accumulators come from elsewhere
+            multiply_chunk(c, from);
+        while (++from < to);
         wgmma_commit();
         begun();
         wgmma_wait<0>();
@@ -1181,15 +1190,13 @@ struct Consumer {
 
     // Softmax of a finished S^T, published as P^T; there on return. No product may be running.
     //
-    // In bf16 references hardly ever move after the first tile: the weights are taken with what there is and published without
-    // a vote. A thread whose own exceed what P is to hold says so beside and does not count them; then everybody finds that the
-    // references are to move, and takes and publishes the weights once more. Measured on an H200, with a vote before and so:
-    // 128 heads, 128 requests of 8K, 485.6 and 475.9 us. In fp16 references do move, and a vote before is cheaper: 16 requests
-    // of 2K 19.8 us, 20.2 without.
+    // In bf16 references hardly ever move after the first tile: the weights are taken with what there is and published without a
+    // vote. A thread whose own exceed what P is to hold says so beside and does not count them; then everybody finds that the
+    // references are to move, and takes and publishes the weights once more.
     __device__ __forceinline__ void publish_weights(bool first, float2 (&shift)[COLUMN_GROUPS]) {
         u32& moved = s.statistics.moved[warpgroup];
         bool move = first;
-        if (!IS_BF16 && !first && warpgroup_any(exceeds(shift))) {
+        if (VOTE_FIRST && !first && warpgroup_any(exceeds(shift))) {
             move = true;
             if (threadIdx.x % WARPGROUP == 0) moved = tiles_until_now();
         }
@@ -1197,7 +1204,7 @@ struct Consumer {
         for (int which = warpgroup;; move = true, which = warpgroup + 2) {
             if (move) move_reference(first, shift);
             float added[COLUMN_GROUPS][2];
-            const bool exceeded = store_weights(shift, added) && IS_BF16 && !move;
+            const bool exceeded = store_weights(shift, added) && !VOTE_FIRST && !move;
             if (exceeded) moved = tiles_until_now();
             __syncwarp();
             // For its warp; and the four threads that move_reference has write, each for itself.
@@ -1205,7 +1212,7 @@ struct Consumer {
             if (!exceeded && !counted) add_sums(added);
             counted = !exceeded;
             wait_published(which);
-            if (!IS_BF16 || move || !has_moved(warpgroup)) return;
+            if (VOTE_FIRST || move || !has_moved(warpgroup)) return;
         }
     }
 
@@ -1214,7 +1221,7 @@ struct Consumer {
         const int w = warpgroup ^ 1;
         wait_published(w);
         if (has_moved(w)) {
-            if constexpr (IS_BF16) wait_published(w + 2);
+            if constexpr (!VOTE_FIRST) wait_published(w + 2);
 #pragma unroll
             for (int g = 0; g < COLUMN_GROUPS; ++g)
 #pragma unroll
@@ -1232,14 +1239,16 @@ struct Consumer {
             const u32 parity = tiles_until_now() & 1;
             if (mine) {
                 float2 shift[COLUMN_GROUPS];
-                if constexpr (IN_TURNS)
+                if constexpr (IN_TURNS) {
+                    u32 empty = 0;
                     multiply_scores(here, ahead, TILE_CHUNKS, [&] {
                         if (lane == 0) mbarrier_arrive(shared_address(&s.scores_turn));
-                        load_shift(shift);
-                        mbarrier_wait(shared_address(&s.p_empty), parity ^ 1);
+                        if constexpr (!PROGRESS_IN_MEMORY) load_shift(shift);
+                        empty = mbarrier_test(shared_address(&s.p_empty), parity ^ 1);
                     });
-                else
-                    load_shift(shift);
+                    mbarrier_wait_unless(empty, shared_address(&s.p_empty), parity ^ 1);
+                }
+                if constexpr (!IN_TURNS || PROGRESS_IN_MEMORY) load_shift(shift);
 #pragma unroll
                 for (int j = 0; j < ROPE_CHUNKS; ++j) release(here.ahead(j));
                 mask_tile(i);

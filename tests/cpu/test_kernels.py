@@ -195,6 +195,39 @@ def test_what_threads_write_is_fenced_before_wgmma_reads_it(
         assert before and set(before) == {"fence"}
 
 
+@pytest.mark.parametrize(
+    "spec", [s for s in DECODE_SPECS if constants(s)["ROWS"] > 16 and not constants(s)["OWN_TILES"]], ids=str
+)
+def test_the_only_buffer_for_weights_is_written_when_both_warpgroups_are_done_with_it(
+    spec: KernelSpec, disassemble: Callable[[KernelSpec], str]
+) -> None:
+    """Between a tile's scores and its weights is a wait; what is waited for comes behind the last products."""
+    lines = disassemble(spec).splitlines()
+    found = [(i, str(event.lastgroup)) for i, line in enumerate(lines) if (event := EVENT.search(line))]
+    written = next(i for i, name in found if name == "weights")
+    scores = max(i for i, name in found if name == "scores" and i < written)
+    assert any("SYNCS.PHASECHK" in line and "TRYWAIT" in line for line in lines[scores:written])
+    products = max(i for i, name in found if name == "values")
+    ends = [i for i, name in found if name == "end" and i > products]
+    last = ends[constants(spec)["LATENT_DIM"] // 2 // CHUNK_DIMS - 1]
+    given_back = itertools.takewhile(lambda line: "SHFL" not in line, lines[last:])  # till the sums of the segment
+    assert sum("SYNCS.ARRIVE" in line for line in given_back) == 2, "the last chunk and the buffer"
+
+
+@pytest.mark.parametrize(
+    "spec", [s for s in DECODE_SPECS if constants(s)["IS_BF16"] and not constants(s)["OWN_TILES"]], ids=str
+)
+def test_who_exceeds_a_reference_says_so_before_the_weights_are_published(
+    spec: KernelSpec, disassemble: Callable[[KernelSpec], str]
+) -> None:
+    """Without that both warpgroups would go on with weights that may be infinite."""
+    if compiler.nvrtc_version() < (12, 5) and constants(spec)["ROWS"] > 32:
+        pytest.skip("they vote before")
+    sass = disassemble(spec)
+    stored = sass[sass.rindex("STSM.") :]
+    assert re.search(r"STS \[", stored[: stored.index("SYNCS.ARRIVE")])
+
+
 @pytest.mark.parametrize("spec", [spec for spec in DECODE_SPECS if constants(spec)["OWN_TILES"]], ids=str)
 def test_what_warpgroups_leave_in_the_ring_is_taken_before_its_chunks_go_back(
     spec: KernelSpec, disassemble: Callable[[KernelSpec], str]
