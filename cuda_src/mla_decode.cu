@@ -420,8 +420,8 @@ constexpr bool PROGRESS_IN_MEMORY = __CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_M
 
 // Whether warpgroups that share tiles vote on moving the references before they take the weights. Measured on H200s, with the
 // vote and without: 128 heads, 128 requests of 8K, 485.6 and 475.9 us; in fp16, where they often move, 16 requests of 2K 19.8
-// and 20.2. NVRTC up to 12.4 has too few registers for 64 rows otherwise.
-constexpr bool VOTE_FIRST = !IS_BF16 || (PROGRESS_IN_MEMORY && ROWS > 32);
+// and 20.2. NVRTC up to 12.4 and 12.9 have too few registers for 64 rows otherwise.
+constexpr bool VOTE_FIRST = !IS_BF16 || (ROWS > 32 && (PROGRESS_IN_MEMORY || MORE_FOR_PRODUCERS));
 
 // A unit that several lanes share, for the merge.
 struct SharedUnit {

@@ -221,7 +221,8 @@ def test_who_exceeds_a_reference_says_so_before_the_weights_are_published(
     spec: KernelSpec, disassemble: Callable[[KernelSpec], str]
 ) -> None:
     """Without that both warpgroups would go on with weights that may be infinite."""
-    if compiler.nvrtc_version() < (12, 5) and constants(spec)["ROWS"] > 32:
+    version = compiler.nvrtc_version()
+    if constants(spec)["ROWS"] > 32 and (version < (12, 5) or version == (12, 9)):
         pytest.skip("they vote before")
     sass = disassemble(spec)
     stored = sass[sass.rindex("STSM.") :]
