@@ -18,12 +18,12 @@
 //                             a warpgroup, its half of  the other             sums_full, chunk_empty
 //                             the other's O^T
 //   q                         warpgroup 0               wgmma                 CONSUMER_BARRIER, q_empty (everyone below)
-//   p[w]                      warpgroup w               wgmma of both         p_full[w], p_full[2 + w] (7 threads); free again
-//                                                                             because w waits for the other's next P^T first
+//   p[w]                      warpgroup w               wgmma of both         p_full[w] (7 threads); free again because w
+//                                                                             waits for the other's next P^T first
 //                                                       or of w               the warpgroup's barrier
 //   p[0], if the only one     either                    wgmma of both         p_full; p_empty (8 warps)
-//   shift, factor[w],         warpgroup w               both                  p_full
-//   moved[w]
+//   shift, factor[w],         warpgroup w               both                  p_full[w]
+//   rescale[w]
 //   shift[w]                  warpgroup w               w                     the warpgroup's barrier
 //                                                       both, coordinator     sums_full, q_empty
 //   sums (where q was, or     both warpgroups           both, coordinator     sums_full (256 threads and the coordinator's
@@ -120,7 +120,6 @@ constexpr int PARTIAL_TOP = 14;
 using Quad = Select<HALF_PARTIALS, uint2, float4>::Type;
 constexpr float MOST_FINITE = 3.402823466e38f;
 
-constexpr u32 NO_TILE = ~0u;
 constexpr int REFERENCES = OWN_TILES ? 2 : 1;  // one of each warpgroup, or one for both
 
 // Sums of P^T at the end of a segment, [column][warp]. If the warpgroups share tiles they lie where Q was, which nobody needs
@@ -132,9 +131,8 @@ struct Statistics {
     alignas(16) float warp_max[REFERENCES][ROWS][4];  // of a warpgroup's warps, while it takes the maxima of a tile's columns
     float shift[REFERENCES][ROWS];      // minus the reference, in the log2 domain; P^T = 2^(x + shift). MOST_FINITE, not
                                         // infinite, where no key was seen: so much less than nothing gives weight 0
-    // Without OWN_TILES, of the rescaling for an even, an odd tile: the factors, and the last tile that had one.
-    float factor[2][ROWS];
-    u32 moved[2];
+    float factor[2][ROWS];              // of the rescaling before an even, an odd tile; not with OWN_TILES
+    int rescale[2];                     // whether there is one
 };
 
 // Division by a number d that the host knows, 2^(shift - 1) < d <= 2^shift: floor(n * multiplier / 2^(31 + shift)) with
@@ -418,9 +416,11 @@ struct Progress {
 // accumulators, where newer ones use registers that the threads of a warp share.
 constexpr bool PROGRESS_IN_MEMORY = __CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ < 5 && ROWS > 16;
 
-// Whether warpgroups that share tiles vote on moving the references before they take the weights. Measured on H200s, with the
-// vote and without: 128 heads, 128 requests of 8K, 485.6 and 475.9 us; in fp16, where they often move, 16 requests of 2K 19.8
-// and 20.2. NVRTC up to 12.4 and 12.9 have too few registers for 64 rows otherwise.
+// Whether warpgroups that share tiles vote on moving the references before they take the weights, as is best in fp16, where
+// they move with many a tile. In bf16 they hardly ever do after the first: the weights are taken with what there is, and a vote
+// finds whether to take them again. Measured on H200s: fp16, 16 requests of 2K, a vote before and after 20.0 and 20.4 us; bf16,
+// 128 heads, 128 requests of 8K, a vote before and none at all 485.6 and 475.9. NVRTC up to 12.4 and 12.9 have too few
+// registers with 64 rows to vote after.
 constexpr bool VOTE_FIRST = !IS_BF16 || (ROWS > 32 && (PROGRESS_IN_MEMORY || MORE_FOR_PRODUCERS));
 
 // A unit that several lanes share, for the merge.
@@ -450,7 +450,7 @@ constexpr int SHARED_LIMIT = 232448;
 constexpr int FIXED_BYTES =
     TILE_CHUNKS * Q_CHUNK_BYTES + P_BUFFERS * P_BYTES + sizeof(Statistics) +
     sizeof(Select<OWN_TILES, ColumnSums, WithQueries>::Type) + sizeof(Start) + sizeof(Walk) +
-    (PROGRESS_IN_MEMORY ? THREADS / 32 : 1) * sizeof(Progress) + 2 * sizeof(SharedUnit) + 13 * 8;
+    (PROGRESS_IN_MEMORY ? THREADS / 32 : 1) * sizeof(Progress) + 2 * sizeof(SharedUnit) + 11 * 8;
 constexpr int SLOTS = (SHARED_LIMIT - FIXED_BYTES) / (CHUNK_BYTES + 2 * 8);
 static_assert(SLOTS >= 2 * TILE_CHUNKS - ROPE_CHUNKS, "two tiles have to fit, less what is free after the scores");
 
@@ -464,7 +464,7 @@ struct Shared {
     unsigned char p[P_BUFFERS][P_BYTES];
     u64 chunk_full[SLOTS];
     u64 chunk_empty[SLOTS];
-    u64 p_full[4];  // P^T of each warpgroup; of tiles whose weights were taken again
+    u64 p_full[2];
     u64 met[2];
     u64 sums_full, q_empty, elements_left, p_empty, scores_turn, output_turn;
     Start start;
@@ -556,11 +556,10 @@ __device__ __forceinline__ void init_barriers(const Params& p, Shared& s, int wa
         mbarrier_init(shared_address(&s.chunk_full[i]), GENERAL && p.gather ? 32 : 1);
         mbarrier_init(shared_address(&s.chunk_empty[i]), 4);
     }
-    if (!OWN_TILES && warp < 4) {
-        mbarrier_init(shared_address(&s.p_full[warp]), 4 + 3);
-        s.statistics.moved[warp % 2] = NO_TILE;
+    if (warp < 2) {
+        if constexpr (!OWN_TILES) mbarrier_init(shared_address(&s.p_full[warp]), 4 + 3);
+        mbarrier_init(shared_address(&s.met[warp]), 1);
     }
-    if (warp < 2) mbarrier_init(shared_address(&s.met[warp]), 1);
     if (warp == 2) {
         mbarrier_init(shared_address(&s.sums_full), CONSUMERS + 1);
         mbarrier_init(shared_address(&s.q_empty), CONSUMERS + 32);
@@ -870,7 +869,7 @@ struct Consumer {
     const int warpgroup, warp, lane;  // warp within the warpgroup, lane within the warp
     Place here = {0, 0};              // of the first chunk of the tile at hand
     Place theirs = {0, 0};            // with OWN_TILES: of the other's last one of a segment
-    u32 p_phase = 0;                  // without OWN_TILES: bits 0 to 3 parities of p_full; from bit 4 on the tiles until now
+    u32 p_phase = 0;                  // bit w: parity of the next P^T of warpgroup w; bit 2: of the tile, for p_empty and turns
 
     float o[OUTPUT_BLOCKS][ROWS / 2];  // O^T, see wgmma for the layout
     float x[ROWS / 2];                 // S^T
@@ -1179,49 +1178,40 @@ struct Consumer {
             shift[g] = *reinterpret_cast<const float2*>(&s.statistics.shift[0][column(g, 0)]);
     }
 
-    __device__ __forceinline__ u32 tiles_until_now() const { return p_phase >> 4; }
-
-    __device__ __forceinline__ bool has_moved(int w) const { return s.statistics.moved[w] == tiles_until_now(); }
-
-    __device__ __forceinline__ void wait_published(int which) {
-        mbarrier_wait(shared_address(&s.p_full[which]), p_phase >> which & 1);
-        p_phase ^= 1u << which;
-    }
-
     // Softmax of a finished S^T, published as P^T; there on return. No product may be running.
-    //
-    // In bf16 references hardly ever move after the first tile: the weights are taken with what there is and published without a
-    // vote. A thread whose own exceed what P is to hold says so beside and does not count them; then everybody finds that the
-    // references are to move, and takes and publishes the weights once more.
     __device__ __forceinline__ void publish_weights(bool first, float2 (&shift)[COLUMN_GROUPS]) {
-        u32& moved = s.statistics.moved[warpgroup];
-        bool move = first;
-        if (VOTE_FIRST && !first && warpgroup_any(exceeds(shift))) {
-            move = true;
-            if (threadIdx.x % WARPGROUP == 0) moved = tiles_until_now();
-        }
-        bool counted = false;
-        for (int which = warpgroup;; move = true, which = warpgroup + 2) {
+        bool move = first || (VOTE_FIRST && warpgroup_any(exceeds(shift)));
+        bool counted = false;  // whether this thread's sums have its weights
+        for (;; move = true) {
             if (move) move_reference(first, shift);
             float added[COLUMN_GROUPS][2];
             const bool exceeded = store_weights(shift, added) && !VOTE_FIRST && !move;
-            if (exceeded) moved = tiles_until_now();
-            __syncwarp();
-            // For its warp; and the four threads that move_reference has write, each for itself.
-            if (lane == 0 || (warp == 0 && lane < 4)) mbarrier_arrive(shared_address(&s.p_full[which]));
             if (!exceeded && !counted) add_sums(added);
             counted = !exceeded;
-            wait_published(which);
-            if (VOTE_FIRST || move || !has_moved(warpgroup)) return;
+            if (VOTE_FIRST) {
+                // As a vote is: between what moving reads and P^T here, and the other warpgroup's.
+                if (move || P_BUFFERS == 1) warpgroup_barrier();
+                break;
+            }
+            if (!warpgroup_any(exceeded)) break;
         }
+        if (threadIdx.x % WARPGROUP == 0) s.statistics.rescale[warpgroup] = move && !first;
+        __syncwarp();
+        // For its warp; and the four threads that move_reference has write, each for itself.
+        if (lane == 0 || (warp == 0 && lane < 4)) mbarrier_arrive(shared_address(&s.p_full[warpgroup]));
+        wait_published(warpgroup);
     }
 
-    // Waits for P^T of the other warpgroup's tile; if that moved the references, follows.
+    __device__ __forceinline__ void wait_published(int w) {
+        mbarrier_wait(shared_address(&s.p_full[w]), p_phase >> w & 1);
+        p_phase ^= 1u << w;
+    }
+
+    // Waits for P^T of a tile of the other warpgroup; if that rescaled before it, follows.
     __device__ __forceinline__ void wait_weights() {
         const int w = warpgroup ^ 1;
         wait_published(w);
-        if (has_moved(w)) {
-            if constexpr (!VOTE_FIRST) wait_published(w + 2);
+        if (s.statistics.rescale[w]) {
 #pragma unroll
             for (int g = 0; g < COLUMN_GROUPS; ++g)
 #pragma unroll
@@ -1236,7 +1226,7 @@ struct Consumer {
 #pragma unroll 1
         for (int i = 0; i < tiles(); ++i) {
             const bool mine = (i & 1) == warpgroup;
-            const u32 parity = tiles_until_now() & 1;
+            const u32 parity = p_phase >> 2 & 1;
             if (mine) {
                 float2 shift[COLUMN_GROUPS];
                 if constexpr (IN_TURNS) {
@@ -1261,7 +1251,7 @@ struct Consumer {
                 }
                 wait_weights();
             }
-            p_phase += 1u << 4;
+            p_phase ^= 4;
             zero_tile(i);
             if (IN_TURNS && mine) mbarrier_wait(shared_address(&s.output_turn), parity);
             multiply_output(P_BUFFERS == 1 ? 0 : i & 1, i > 0, [&](int n) {

@@ -29,10 +29,9 @@ FLASH_MLA_SCALE = 576**-0.5
 MIXED = (0, 1, 63, 64, 65, 127, 128, 200, 1000, 2500)
 LONG = (0, 40_000, 1, 30_001, 64, 30_011)  # a dozen tiles for each SM of an H200
 
-# Powers of two by which the scores of successive tiles are raised (for odd heads lowered): steps that move the
-# softmax's reference value, and steps that leave it behind; leaps past what a float holds.
+# Powers of two by which the scores of successive tiles are raised (for odd heads lowered) in uneven cases: steps
+# that move the softmax's reference value, and steps that leave it behind.
 UNEVEN_LEVELS = (0, 5, 14, 9)
-LEAPING_LEVELS = (0, 150, 3, 300, 299, 460, 610)
 
 NUMPY_DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
@@ -57,7 +56,6 @@ class Case:
     cache_heads_dim: bool = False  # kv_cache has four dims
     scale: float = DEEPSEEK_SCALE
     uneven: bool = False  # scores rise and fall from tile to tile, see UNEVEN_LEVELS
-    leaping: bool = False  # likewise, see LEAPING_LEVELS
     magnitude: float = 1.0  # of the cache's values; the queries are as much smaller
     accurate: bool = False
 
@@ -78,8 +76,6 @@ CASES = (
     Case("long-24-rows", lengths=LONG, heads=12, s_q=2, uneven=True, latent_dim=256),
     Case("long-32-rows", lengths=LONG, heads=32, uneven=True, dtype="float16", latent_dim=256),
     Case("long-64-rows", lengths=LONG, heads=60, uneven=True, page_size=256),
-    *(Case(f"leaping-{rows}-rows", lengths=LONG, heads=rows, leaping=True) for rows in (16, 64)),
-    Case("leaping-fp16", lengths=LONG, heads=64, leaping=True, dtype="float16"),
     Case("long-large-values", lengths=LONG, heads=60, uneven=True, magnitude=2.0**100),
     Case("long-small-values", lengths=LONG, uneven=True, magnitude=2.0**-80),
     Case("one-request", lengths=(9001,)),
@@ -216,8 +212,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
 
     tokens = (sum(case.queries),) if case.queries else (batch, case.s_q)
     q = rng.standard_normal((*tokens, case.heads, sum(dims)), np.float32).astype(dtype)
-    levels = LEAPING_LEVELS if case.leaping else UNEVEN_LEVELS if case.uneven else ()
-    if levels:
+    if case.uneven:
         q[..., -1] = 1 - 2 * (np.arange(case.heads) % 2)
     q = (q.astype(np.float32) / case.magnitude).astype(dtype)
     q_views = tuple(_place_q(part, case.strided) for part in _parts(q, case.split_q, dims))
@@ -228,9 +223,9 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         for first in range(0, length, case.page_size):
             tokens = min(case.page_size, length - first)
             values = rng.standard_normal((tokens, sum(dims)), np.float32)
-            if levels:
+            if case.uneven:
                 tile = np.arange(first, first + tokens) // 64
-                values[:, -1] = np.take(levels, tile, mode="wrap") * math.log(2) / case.scale
+                values[:, -1] = np.take(UNEVEN_LEVELS, tile, mode="wrap") * math.log(2) / case.scale
             cache[table[request, first // case.page_size], :tokens] = (values * case.magnitude).astype(dtype)
     if case.cache_heads_dim:
         cache = cache[:, :, None, :]

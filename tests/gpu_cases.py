@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from etap_rt import mla_decode
 from tests.cache_model import CUPY, TORCH_CUDA, Library, host
-from tests.cases import NUMPY_DTYPES, Case, assert_close, make_inputs, prepared
+from tests.cases import DEEPSEEK_SCALE, NUMPY_DTYPES, Case, assert_close, make_inputs, prepared
 
 torch: Any = pytest.importorskip("torch")
 
@@ -26,6 +27,9 @@ DIVISIONS = (
     Case("5-queries-128-heads", s_q=5, heads=128, lengths=(3, 64, 65, 1500)),
     Case("one-long-many-short-320", latent_dim=256, heads=24, lengths=(1, 5, 7000, *range(60, 70), 0, 0, 300)),
 )
+# Powers of two by which the scores of successive tiles are raised, for odd heads lowered: in even and in odd tiles they
+# leap by more than a float can hold as a power.
+LEAPS = (-65, 65, -65, -64, 65)
 SMALL_PAGES = tuple(Case(f"page-size-{size}", page_size=size) for size in (1, 2, 4, 8, 16, 32))
 
 
@@ -77,3 +81,26 @@ def assert_matches_float64(case: Case, library: Library) -> None:
 
     assert returned[0] is out and returned[1] is lse
     assert_close(case, host(out), host(lse), exact_out, exact_lse)
+
+
+def assert_leaping_scores_match_float64(heads: int, dtype: str) -> None:
+    """Random requests whose scores leap, see LEAPS."""
+    case = Case("leaping", dtype=dtype, lengths=(1500,) * 40, heads=heads)
+    batch, length = len(case.lengths), case.lengths[0]
+    generator = torch.Generator("cuda").manual_seed(heads)
+    q = torch.randn(batch, 1, heads, 576, device="cuda", generator=generator)
+    q[..., -1] = torch.tensor([1.0, -1.0], device="cuda").repeat(heads)[:heads]
+    pages = torch.randn(batch * 24, 64, 576, device="cuda", generator=generator)
+    levels = torch.tensor(LEAPS, device="cuda").repeat(len(pages))[: len(pages)]
+    pages[:, :, -1] = (levels * math.log(2) / DEEPSEEK_SCALE)[:, None]
+    q, pages = q.to(getattr(torch, dtype)), pages.to(getattr(torch, dtype))
+    table = torch.arange(len(pages), dtype=torch.int32, device="cuda").view(batch, 24)
+    lengths = torch.full((batch,), length, dtype=torch.int32, device="cuda")
+    call = {"q": q, "kv_cache": pages, "block_table": table, "cache_seqlens": lengths, "softmax_scale": DEEPSEEK_SCALE}
+    out, lse = run(call)
+
+    keys = pages.double().view(batch, -1, 576)[:, :length]
+    scores = q[:, 0].double() @ keys.transpose(1, 2) * DEEPSEEK_SCALE
+    exact_out = (scores.softmax(-1) @ keys[..., :512])[:, None]
+    exact_lse = scores.logsumexp(-1)[..., None]
+    assert_close(case, host(out), host(lse), host(exact_out), host(exact_lse))

@@ -181,10 +181,7 @@ def test_what_threads_write_is_fenced_before_wgmma_reads_it(
     events = [str(found.lastgroup) for line in lines if (found := EVENT.search(line))]
     in_order = " ".join(events)
     for written, then in (
-        (
-            r"weights(?: weights)*",
-            ("fence barrier", "fence vote") if constants(spec)["OWN_TILES"] else ("fence arrive",),
-        ),
+        (r"weights(?: weights)*", ("fence barrier", "fence vote", "fence arrive")),
         (r"zeros(?: zeros)*", ("fence barrier",)),
         (r"copied(?: copied)*(?= fence| both)", ("fence both",)),  # queries
     ):
@@ -212,21 +209,6 @@ def test_the_only_buffer_for_weights_is_written_when_both_warpgroups_are_done_wi
     last = ends[constants(spec)["LATENT_DIM"] // 2 // CHUNK_DIMS - 1]
     given_back = itertools.takewhile(lambda line: "SHFL" not in line, lines[last:])  # till the sums of the segment
     assert sum("SYNCS.ARRIVE" in line for line in given_back) == 2, "the last chunk and the buffer"
-
-
-@pytest.mark.parametrize(
-    "spec", [s for s in DECODE_SPECS if constants(s)["IS_BF16"] and not constants(s)["OWN_TILES"]], ids=str
-)
-def test_who_exceeds_a_reference_says_so_before_the_weights_are_published(
-    spec: KernelSpec, disassemble: Callable[[KernelSpec], str]
-) -> None:
-    """Without that both warpgroups would go on with weights that may be infinite."""
-    version = compiler.nvrtc_version()
-    if constants(spec)["ROWS"] > 32 and (version < (12, 5) or version == (12, 9)):
-        pytest.skip("they vote before")
-    sass = disassemble(spec)
-    stored = sass[sass.rindex("STSM.") :]
-    assert re.search(r"STS \[", stored[: stored.index("SYNCS.ARRIVE")])
 
 
 @pytest.mark.parametrize("spec", [spec for spec in DECODE_SPECS if constants(spec)["OWN_TILES"]], ids=str)

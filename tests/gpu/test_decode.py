@@ -35,6 +35,7 @@ from tests.cases import (
 from tests.gpu_cases import (
     DIVISIONS,
     SMALL_PAGES,
+    assert_leaping_scores_match_float64,
     assert_matches_float64,
     assert_same_bits,
     on_gpu,
@@ -84,9 +85,30 @@ class OtherWork:
 # ---- Results ----
 
 
-@pytest.mark.parametrize(("case", "library"), with_libraries((*SMALL_PAGES, *CASES), CUPY_CASES))
-def test_decode_matches_float64(case: Case, library: Library) -> None:
-    assert_matches_float64(case, library)
+def on_all_and_few_sms(parameters: list[Any]) -> list[Any]:
+    """Parameters (case, library, few): with torch, once more on a few SMs, while the exact result is at hand."""
+    found = []
+    for parameter in parameters:
+        case, library = parameter.values
+        found.append(pytest.param(case, library, False, id=parameter.id))
+        if library is TORCH_CUDA:
+            found.append(pytest.param(case, library, True, id=f"{case}-few-sms"))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("case", "library", "few"), on_all_and_few_sms(with_libraries((*SMALL_PAGES, *CASES), CUPY_CASES))
+)
+def test_decode_matches_float64(case: Case, library: Library, few: bool, few_sms: Any) -> None:
+    with torch.cuda.stream(few_sms if few else torch.cuda.current_stream()):
+        assert_matches_float64(case, library)
+        torch.cuda.current_stream().synchronize()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("heads", [8, 16, 24, 32, 64])
+def test_scores_may_leap_from_tile_to_tile(heads: int, dtype: str) -> None:
+    assert_leaping_scores_match_float64(heads, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -8,30 +8,35 @@ import pytest
 
 import etap_rt
 from etap_rt import driver
-from etap_rt.schedule import SCARCE_SMS
 from tests.cache_model import TORCH_CUDA
-from tests.cases import CASES, Case
-from tests.gpu_cases import DIVISIONS, SMALL_PAGES, assert_matches_float64, assert_same_bits, on_gpu, run
+from tests.cases import Case
+from tests.gpu_cases import (
+    DIVISIONS,
+    assert_leaping_scores_match_float64,
+    assert_matches_float64,
+    assert_same_bits,
+    on_gpu,
+    run,
+)
 from tests.tool_modules import import_tool
 
 torch: Any = pytest.importorskip("torch")
 green_context = import_tool("green_context")
 SCALE = 192**-0.5
-FEW_SMS = 64
 
 
-@pytest.fixture(scope="module")
-def few_sms() -> Any:
-    """A stream of torch on FEW_SMS SMs."""
-    assert FEW_SMS <= SCARCE_SMS
-    return torch.cuda.ExternalStream(green_context.stream_on(FEW_SMS, torch.cuda.current_device()))
-
-
-@pytest.mark.parametrize("case", (*SMALL_PAGES, *CASES, *DIVISIONS), ids=str)
+@pytest.mark.parametrize("case", DIVISIONS, ids=str)
 def test_decode_on_few_sms_matches_float64(case: Case, few_sms: Any) -> None:
     with torch.cuda.stream(few_sms):
         assert_matches_float64(case, TORCH_CUDA)
         few_sms.synchronize()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("heads", [8, 16, 24, 32, 64])
+def test_scores_may_leap_on_few_sms(heads: int, dtype: str, few_sms: Any) -> None:
+    with torch.cuda.stream(few_sms):
+        assert_leaping_scores_match_float64(heads, dtype)
 
 
 @pytest.mark.parametrize("case", DIVISIONS, ids=str)
