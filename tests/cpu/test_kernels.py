@@ -181,7 +181,7 @@ def test_what_threads_write_is_fenced_before_wgmma_reads_it(
     events = [str(found.lastgroup) for line in lines if (found := EVENT.search(line))]
     in_order = " ".join(events)
     for written, then in (
-        (r"weights(?: weights)*", ("fence barrier", "fence vote", "fence arrive")),
+        (r"weights(?: weights)*", ("fence barrier", "fence vote")),
         (r"zeros(?: zeros)*", ("fence barrier",)),
         (r"copied(?: copied)*(?= fence| both)", ("fence both",)),  # queries
     ):
