@@ -14,7 +14,7 @@ from etap_rt.interop import Array, Layout
 from etap_rt.kernels import decode_spec
 from etap_rt.overlap import reach, span
 from etap_rt.scalars import check_flag
-from etap_rt.schedule import TILE_KEYS, Grid, plan_grid
+from etap_rt.schedule import TILE_KEYS, Grid, even_up_to, plan_grid
 from etap_rt.workspace import Workspace, workspace_for
 
 THREADS = 384  # of a CTA: two warpgroups that compute, one that loads and coordinates
@@ -301,6 +301,7 @@ class Params(ctypes.Structure):
         ("row_groups", ctypes.c_int32),
         ("passes", ctypes.c_int32),
         ("chunks_ahead", ctypes.c_int32),
+        ("head_start_tiles", ctypes.c_int32),
         ("causal", ctypes.c_int32),
         ("q_vector_loads", ctypes.c_int32),
         ("patience", ctypes.c_int32),
@@ -309,7 +310,7 @@ class Params(ctypes.Structure):
         ("lse_no_key", ctypes.c_float),
         ("trace", ctypes.c_uint64),
         # The tensor maps align the kernel's struct to 64 bytes, and the driver copies all of it.
-        ("padding", ctypes.c_char * 56),
+        ("padding", ctypes.c_char * 48),
     ]
 
 
@@ -344,6 +345,7 @@ def make_params(problem: Problem, grid: Grid) -> Params:
     params.by_lanes = divider(params.lanes)
     units = problem.batch * grid.passes
     params.share, params.stack = grid.lanes // units, -(-units // grid.lanes)
+    params.head_start_tiles = even_up_to(units, grid)
     params.by_share, params.by_row_groups = divider(max(1, params.share)), divider(params.row_groups)
     params.by_passes = divider(params.passes)
     return params

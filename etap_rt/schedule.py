@@ -30,6 +30,7 @@ MAX_ROW_GROUPS = 8
 SWITCH_TILES = 4  # what a lane loses by starting on another unit, measured in tiles of an H200
 EVEN_SLACK_LOG2 = 3  # what it costs to merge units that need not be, as a part of a lane's work: see mla_decode.cu
 WHOLE_SLACK = 6  # at most so many tiles with one unit a lane
+MOST_TILES = (1 << 31) // TILE_KEYS  # of a request: lengths are int32
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,20 @@ def divide(seqlens: Sequence[int], grid: Grid, may_be_even: bool = True) -> list
     if may_be_even and evenly <= in_a_row + slack:
         return _share_out(units, grid, share) if share else _stack(units, grid, stack)
     return _divide_in_a_row(units, grid, gap, cells)
+
+
+def even_up_to(units: int, grid: Grid) -> int:
+    """Tiles of a unit up to which `units` of one length are sure to be divided evenly; 0 if not even short ones are.
+
+    Where `share` lanes have a unit of n tiles, that is n / share tiles a lane, and in a row it would be
+    units * (n + SWITCH_TILES) / lanes, both rounded up. Where lanes have several units, both are multiples of
+    n + SWITCH_TILES; half of the slack is left for what rounding does.
+    """
+    share, stack = grid.lanes // units, -(-units // grid.lanes)
+    if share == 0:
+        return MOST_TILES if stack * grid.lanes <= units + (units >> EVEN_SLACK_LOG2 + 1) else 0
+    spare = grid.lanes - units * share
+    return min(MOST_TILES, SWITCH_TILES * units * share // spare) if spare else MOST_TILES
 
 
 def _share_out(units: list[tuple[int, int, int]], grid: Grid, share: int) -> list[list[Segment]]:

@@ -86,6 +86,11 @@ CASES = (
     # So many of one length that every lane has two of them whole.
     Case("two-requests-a-lane", lengths=(130,) * 260, heads=8, latent_dim=256),
     Case("two-requests-a-lane-128-heads", lengths=(130,) * 130, heads=128, latent_dim=256),
+    # Those that are looked at are alike, the division is uneven.
+    *(
+        Case(f"alike-at-first-{heads}-heads", lengths=(200,) * 32 + tuple(range(500, 3700, 100)), heads=heads)
+        for heads in (16, 64)
+    ),
     Case("all-empty", lengths=(0,) * 5),
     Case("one-token", lengths=(1,), heads=1),
     Case("page-edges-128", page_size=128, lengths=(0, 1, 127, 128, 129, 255, 256, 257, 1000)),

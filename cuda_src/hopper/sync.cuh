@@ -87,6 +87,9 @@ __device__ __forceinline__ u32 load_acquire(const u32* word) {
     return value;
 }
 
+// The compiler branches around what this stands beside, rather than doing it under a predicate.
+__device__ __forceinline__ void keep_branch() { asm volatile("" ::: "memory"); }
+
 // The compiler adds constants to this pointer, rather than making each sum out of what the pointer was made of.
 template <typename T>
 __device__ __forceinline__ void keep_pointer(const T*& p) {

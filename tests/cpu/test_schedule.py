@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from etap_rt.schedule import (
     MAX_ROW_GROUPS,
+    MOST_TILES,
     ROW_TILES,
     SWITCH_TILES,
     TILE_KEYS,
@@ -17,6 +18,7 @@ from etap_rt.schedule import (
     Grid,
     Segment,
     divide,
+    even_up_to,
     lane_begin,
     lane_of,
     plan_grid,
@@ -100,6 +102,39 @@ def test_no_unit_is_divided_at_any_place_where_the_even_division_costs_little(le
         return
     for segments in divide(lengths, grid):
         assert len(segments) <= 1 or all(segment.first_lane == segment.last_lane for segment in segments)
+
+
+@given(st.integers(1, 400), st.integers(1, 3000), grids)
+@example(16, 128, H200)
+@example(130, 1, H200)
+@example(128, 1, Grid(rows=64, row_groups=2, passes=1, lanes=66))
+def test_units_of_one_length_are_divided_evenly_as_far_as_is_said(requests: int, tiles: int, grid: Grid) -> None:
+    """What the kernel's head start counts on."""
+    lengths = [min(tiles, even_up_to(requests * grid.passes, grid)) * TILE_KEYS] * requests
+    if not lengths[0]:
+        return
+    in_a_row = cells_of_a_lane(lengths, grid)
+    lanes_of_a_unit = grid.lanes // (requests * grid.passes)
+    accepted = {0: in_a_row // 8, 1: min(in_a_row // 8, WHOLE_SLACK)}.get(lanes_of_a_unit, 0)
+    assert cells_of_a_lane_evenly(lengths, grid) <= in_a_row + accepted
+
+
+@pytest.mark.parametrize(
+    ("units", "grid", "tiles"),
+    [
+        (1, H200, MOST_TILES),
+        (16, H200, 128),
+        (24, H200, 40),
+        (128, H200, 128),
+        (132, H200, MOST_TILES),
+        (133, H200, 0),
+        (128, Grid(rows=64, row_groups=2, passes=1, lanes=66), MOST_TILES),
+    ],
+    ids=str,
+)
+def test_how_far_units_of_one_length_are_sure_to_be_divided_evenly(units: int, grid: Grid, tiles: int) -> None:
+    """40 tiles of 24 units are 8 for each of 5 lanes, and 24 * (40 + 4) cells in a row are 8 for each of 132."""
+    assert even_up_to(units, grid) == tiles
 
 
 def test_requests_of_one_length_get_the_same_lanes_each() -> None:

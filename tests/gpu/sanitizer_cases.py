@@ -18,6 +18,7 @@ from tests.cases import NUMPY_DTYPES, Case, assert_close, prepared
 
 SHARED_BY_ALL = Case("16 rows, one unit of all lanes", dtype="float16", lengths=(9000,))
 TWO_A_LANE = Case("8 rows, 320, two requests for each lane", lengths=(65,) * 262, heads=1, latent_dim=256)
+ALIKE_AT_FIRST = Case("16 rows, alike but for the last", lengths=(*(65,) * 32, 1500))
 RAGGED = Case("ragged", queries=(1, 0, 3, 2), lengths=(64, 65, 1, 500))
 UNEVEN = Case("32 rows, uneven scores", lengths=(700, 64), heads=32, uneven=True)
 EVERY_KERNEL = tuple(
@@ -33,6 +34,7 @@ CASES = (
     SHARED_BY_ALL,
     Case("16 rows, 320, more units than lanes", lengths=tuple(29 * i % 131 for i in range(140)), latent_dim=256),
     TWO_A_LANE,
+    ALIKE_AT_FIRST,
     Case("24 rows, masked", lengths=(0, 1, 200), heads=12, s_q=2, dtype="float16"),
     Case("24 rows, 320, not masked", lengths=(70, 300), heads=24, causal=False, latent_dim=256),
     UNEVEN,
@@ -48,6 +50,7 @@ CASES = (
 CASES_ON_FEW = (
     SHARED_BY_ALL,
     TWO_A_LANE,
+    ALIKE_AT_FIRST,
     UNEVEN,
     RAGGED,
     *(case for case in EVERY_KERNEL if case.heads <= OWN_TILES_ROWS),
