@@ -20,6 +20,7 @@ import etap_rt
 from etap_rt import decode, driver, interop, workspace
 from etap_rt.decode import Params, divider
 from etap_rt.interop import Layout
+from etap_rt.schedule import MOST_TILES
 from tests.fake_gpu import STREAM, CudaTensor, Notes, pass_tensors_for_cuda
 
 torch = pytest.importorskip("torch")
@@ -251,14 +252,16 @@ def test_ragged_queries_and_page_lists_arrive(notes: DecodeNotes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "heads", "lanes", "share", "stack"), [(8, 128, 66, 8, 1), (128, 128, 66, 0, 2), (140, 16, SMS, 0, 2)]
+    ("batch", "heads", "lanes", "share", "stack", "head_start"),
+    [(8, 128, 66, 8, 1, 128), (128, 128, 66, 0, 2, MOST_TILES), (140, 16, SMS, 0, 2, 0)],
 )
-def test_a_kernel_is_told_how_to_share_out_or_to_stack_units(
-    notes: DecodeNotes, batch: int, heads: int, lanes: int, share: int, stack: int
+def test_a_kernel_is_told_how_to_share_out_or_to_stack_units_and_when_to_count_on_that(
+    notes: DecodeNotes, batch: int, heads: int, lanes: int, share: int, stack: int, head_start: int
 ) -> None:
     etap_rt.mla_decode(**arguments(batch=batch, heads=heads))
     (params,) = notes.params
     assert (params.lanes, params.share, params.stack) == (lanes, share, stack)
+    assert params.head_start_tiles == head_start
 
 
 def test_a_launch_that_was_made_before_has_the_patience_that_is_asked_for_now(
