@@ -1657,9 +1657,11 @@ struct MergedTarget {
         const float even = inverse(m.sum[0]), odd = inverse(m.sum[1]);
 #pragma unroll
         for (int b = 0; b < BLOCKS; ++b) store_outputs(place, b * 2 * CHUNK_DIMS, m.v[b], even, odd);
-        if (in_group == 0 && lane < 4)
-            for (int e = 0; e < 2; ++e)
-                store_lse(p, unit.request, rows, group * 8 + lane * 2 + e, m.reference[e], m.sum[e]);
+        if (in_group == 0 && lane < 8) {
+            const bool odd = lane >= 4;  // by the two threads that hold them, one column each
+            store_lse(p, unit.request, rows, group * 8 + lane % 4 * 2 + odd, odd ? m.reference[1] : m.reference[0],
+                      odd ? m.sum[1] : m.sum[0]);
+        }
     }
 };
 
@@ -1747,6 +1749,7 @@ __device__ __forceinline__ void depart(const Params& p, const SharedUnit& unit, 
     u32* arrivals = counter_of(p, unit.first_lane, row_group);
     if (atomic_add_acq_rel(arrivals + 1, 1) != u32(unit.members) - 1) return;
     if (load_acquire(arrivals) >= GAVE_UP)
+#pragma unroll 1
         for (int merger = 0; merger < unit.mergers; ++merger) *gave_up_word(p, unit, merger, row_group) = 0;
     arrivals[0] = arrivals[1] = 0;
 }
@@ -1797,7 +1800,12 @@ __device__ __forceinline__ SharedUnit shared_unit(const Params& p, const Start& 
     }
     const Division division(start.cells, p.lanes, p.by_lanes);
     const int end = walk.unit_begin + walk.unit_tiles;
-    const int first = division.lane_of(walk.unit_begin), last = division.lane_of(end - 1);
+    int first = 0, last = 0;
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {  // the division's code once
+        first = last;
+        last = division.lane_of(i == 0 ? walk.unit_begin : end - 1);
+    }
     const bool goes_on = division.begin(last + 1) > end + start.gap;
     return {walk.request, walk.pass, first, last - first + 1, last - first + (goes_on ? 0 : 1)};
 }
