@@ -14,7 +14,7 @@ from etap_rt.interop import Array, Layout
 from etap_rt.kernels import decode_spec
 from etap_rt.overlap import reach, span
 from etap_rt.scalars import check_flag
-from etap_rt.schedule import TILE_KEYS, Grid, even_up_to, plan_grid
+from etap_rt.schedule import TILE_KEYS, Grid, even_lanes, even_slack, even_up_to, plan_grid
 from etap_rt.workspace import Workspace, workspace_for
 
 THREADS = 384  # of a CTA: two warpgroups that compute, one that loads and coordinates
@@ -298,6 +298,9 @@ class Params(ctypes.Structure):
         ("lanes", ctypes.c_int32),
         ("share", ctypes.c_int32),
         ("stack", ctypes.c_int32),
+        ("even_lanes", ctypes.c_int32),
+        ("spare_lanes", ctypes.c_uint32),
+        ("even_slack", ctypes.c_int32),
         ("row_groups", ctypes.c_int32),
         ("passes", ctypes.c_int32),
         ("chunks_ahead", ctypes.c_int32),
@@ -310,7 +313,7 @@ class Params(ctypes.Structure):
         ("lse_no_key", ctypes.c_float),
         ("trace", ctypes.c_uint64),
         # The tensor maps align the kernel's struct to 64 bytes, and the driver copies all of it.
-        ("padding", ctypes.c_char * 48),
+        ("padding", ctypes.c_char * 40),
     ]
 
 
@@ -346,6 +349,9 @@ def make_params(problem: Problem, grid: Grid) -> Params:
     units = problem.batch * grid.passes
     params.share, params.stack = grid.lanes // units, -(-units // grid.lanes)
     params.head_start_tiles = even_up_to(units, grid)
+    params.even_lanes = even_lanes(units, grid)
+    params.even_slack = even_slack(units, grid)
+    params.spare_lanes = ((grid.lanes - params.even_lanes) << 32) // grid.lanes
     params.by_share, params.by_row_groups = divider(max(1, params.share)), divider(params.row_groups)
     params.by_passes = divider(params.passes)
     return params

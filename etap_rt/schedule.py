@@ -25,11 +25,13 @@ TILE_KEYS = 64
 ROW_TILES = (8, 16, 24, 32, 64)
 OWN_TILES_ROWS = 32  # up to so many a warpgroup has registers for all dims of the accumulator
 SCARCE_SMS = 80  # up to so many products are scarcer than memory: see mla_decode.cu
-CHUNKS_AHEAD = (1, 3)  # where room in the ring is scarce, elsewhere: likewise
+FEW_ROWS = 16  # up to so many products are fast beside loads
+CHUNKS_AHEAD = (1, 3, 5)  # where room in the ring is scarce, elsewhere, with few rows: likewise
 MAX_ROW_GROUPS = 8
 SWITCH_TILES = 4  # what a lane loses by starting on another unit, measured in tiles of an H200
 EVEN_SLACK_LOG2 = 3  # what it costs to merge units that need not be, as a part of a lane's work: see mla_decode.cu
 WHOLE_SLACK = 6  # at most so many tiles with one unit a lane
+FEW_SPARE = 32  # one lane of so many may be idle in the even division without a loss worth a tile: likewise
 MOST_TILES = (1 << 31) // TILE_KEYS  # of a request: lengths are int32
 
 
@@ -42,7 +44,7 @@ class Grid:
     passes: int  # passes over a request; passes * row_groups row tiles cover all rows
     lanes: int
     own_tiles: bool = False  # each warpgroup of a CTA has key tiles of its own, rather than dims of all
-    chunks_ahead: int = CHUNKS_AHEAD[1]  # of the next tile that are multiplied before this one ends, where they share
+    chunks_ahead: int = CHUNKS_AHEAD[-1]  # of the next tile that are multiplied before this one ends, where they share
 
     @property
     def ctas(self) -> int:
@@ -70,7 +72,8 @@ def plan_grid(rows: int, sm_count: int) -> Grid:
     (an H20, or a part of the SMs of a larger GPU), and where several row tiles share what is loaded, the tensor cores,
     not the memory, are what a call waits for. Then it pays that the warpgroups wait less for each other: where there
     are registers for it they have key tiles of their own, otherwise they multiply more chunks ahead. That takes room
-    from what is being loaded, of which the queries of 64 rows leave little.
+    from what is being loaded, of which the queries of 64 rows leave little. With few rows it is memory that a call
+    waits for: about half of a tile is multiplied ahead, so that the tile before is done when the rest arrives.
     """
     if rows < 1 or sm_count < 1:
         raise ValueError(f"rows and sm_count must be positive, got {rows} and {sm_count}")
@@ -81,7 +84,8 @@ def plan_grid(rows: int, sm_count: int) -> Grid:
     row_groups = -(-row_tiles // passes)
     scarce = sm_count <= SCARCE_SMS
     own_tiles = scarce and tile <= OWN_TILES_ROWS
-    chunks_ahead = CHUNKS_AHEAD[tile < ROW_TILES[-1] or row_groups > 1 or scarce]
+    room = tile < ROW_TILES[-1] or row_groups > 1 or scarce
+    chunks_ahead = CHUNKS_AHEAD[2 if tile <= FEW_ROWS else 1 if room else 0]
     return Grid(tile, row_groups, passes, max(1, sm_count // row_groups), own_tiles, chunks_ahead)
 
 
@@ -97,8 +101,9 @@ def divide(seqlens: Sequence[int], grid: Grid, may_be_even: bool = True) -> list
     lane gets the same number of units. That is best for requests of about the same length. Otherwise all units stand in
     a row in the order (request, pass), SWITCH_TILES empty cells before each to pay for the switch, and every lane gets
     the same number of cells. The even division is taken if it `may_be_even` and leaves no more to the busiest lane than
-    the other; if it leaves every unit whole, so that nothing has to be merged, an eighth more, with one unit a lane at
-    most WHOLE_SLACK tiles. Returns one list of segments a lane.
+    the other, or a tile more if it uses nearly all lanes (`even_slack`); if it leaves every unit whole, so that nothing
+    has to be merged, an eighth more, with one unit a lane at most WHOLE_SLACK tiles. Returns one list of segments a
+    lane.
     """
     units = [(r, p, unit_tiles(n)) for r, n in enumerate(seqlens) for p in range(grid.passes)]
     if not units:
@@ -110,7 +115,9 @@ def divide(seqlens: Sequence[int], grid: Grid, may_be_even: bool = True) -> list
     share, stack = grid.lanes // len(units), -(-len(units) // grid.lanes)
     in_a_row = -(-cells // grid.lanes)
     evenly = -(-longest // share) if share else stack * (longest + gap)
-    slack = 0 if share > 1 else min(in_a_row >> EVEN_SLACK_LOG2, WHOLE_SLACK if share else in_a_row)
+    slack = min(in_a_row >> EVEN_SLACK_LOG2, WHOLE_SLACK if share else in_a_row)
+    if share > 1:
+        slack = even_slack(len(units), grid)
     if may_be_even and evenly <= in_a_row + slack:
         return _share_out(units, grid, share) if share else _stack(units, grid, stack)
     return _divide_in_a_row(units, grid, gap, cells)
@@ -127,7 +134,21 @@ def even_up_to(units: int, grid: Grid) -> int:
     if share == 0:
         return MOST_TILES if stack * grid.lanes <= units + (units >> EVEN_SLACK_LOG2 + 1) else 0
     spare = grid.lanes - units * share
-    return min(MOST_TILES, SWITCH_TILES * units * share // spare) if spare else MOST_TILES
+    allowed = SWITCH_TILES * units * share + even_slack(units, grid) * share * grid.lanes
+    return min(MOST_TILES, allowed // spare) if spare else MOST_TILES
+
+
+def even_lanes(units: int, grid: Grid) -> int:
+    """How many lanes an even division of so many units uses, if they have no fewer tiles than lanes."""
+    share, stack = grid.lanes // units, -(-units // grid.lanes)
+    return units * share if share else -(-units // stack)
+
+
+def even_slack(units: int, grid: Grid) -> int:
+    """Tiles that the busiest of the lanes that share units may have more in the even division than in a row."""
+    share = grid.lanes // units
+    spare = grid.lanes - units * share
+    return 1 if share > 1 and spare * FEW_SPARE <= grid.lanes else 0
 
 
 def _share_out(units: list[tuple[int, int, int]], grid: Grid, share: int) -> list[list[Segment]]:

@@ -253,7 +253,7 @@ def test_ragged_queries_and_page_lists_arrive(notes: DecodeNotes) -> None:
 
 @pytest.mark.parametrize(
     ("batch", "heads", "lanes", "share", "stack", "head_start"),
-    [(8, 128, 66, 8, 1, 128), (128, 128, 66, 0, 2, MOST_TILES), (140, 16, SMS, 0, 2, 0)],
+    [(8, 128, 66, 8, 1, 392), (128, 128, 66, 0, 2, MOST_TILES), (140, 16, SMS, 0, 2, 0)],
 )
 def test_a_kernel_is_told_how_to_share_out_or_to_stack_units_and_when_to_count_on_that(
     notes: DecodeNotes, batch: int, heads: int, lanes: int, share: int, stack: int, head_start: int
@@ -262,6 +262,38 @@ def test_a_kernel_is_told_how_to_share_out_or_to_stack_units_and_when_to_count_o
     (params,) = notes.params
     assert (params.lanes, params.share, params.stack) == (lanes, share, stack)
     assert params.head_start_tiles == head_start
+
+
+def lanes_of_columns(params: Params) -> list[int]:
+    """As the kernel finds them, in 64 bits: lane_of_column."""
+    lanes = []
+    for column in range(params.lanes):
+        spare = column * params.spare_lanes + (1 << 31)
+        before, after = spare >> 32, spare + params.spare_lanes >> 32
+        assert spare + params.spare_lanes < 1 << 64
+        lanes.append(params.even_lanes + before if after > before else column - before)
+    return lanes
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 7, 16, 20, 33, 66, 67, 100, 131, 132, 133, 140, 264, 265, 1000])
+@pytest.mark.parametrize("heads", [16, 128])
+def test_every_lane_has_a_column_of_ctas(notes: DecodeNotes, batch: int, heads: int) -> None:
+    etap_rt.mla_decode(**arguments(batch=batch, heads=heads))
+    (params,) = notes.params
+    assert sorted(lanes_of_columns(params)) == list(range(params.lanes))
+
+
+@pytest.mark.parametrize(
+    ("batch", "columns"),
+    [(16, [16, 49, 82, 115]), (128, [16, 49, 82, 115]), (65, [33, 99]), (7, [11, 33, 55, 77, 99, 121])],
+)
+def test_lanes_that_an_even_division_leaves_idle_are_spread_over_the_columns(
+    notes: DecodeNotes, batch: int, columns: list[int]
+) -> None:
+    etap_rt.mla_decode(**arguments(batch=batch))
+    (params,) = notes.params
+    idle = [column for column, lane in enumerate(lanes_of_columns(params)) if lane >= params.even_lanes]
+    assert idle == columns
 
 
 def test_a_launch_that_was_made_before_has_the_patience_that_is_asked_for_now(
