@@ -311,9 +311,10 @@ constexpr int SWITCH_TILES = 4;
 // 576 us with 253 cells a lane, 515 to 525 with 260 (two requests each); of 4K 329, and 275 to 278. On an H200, in one run, 16
 // heads, 120 requests, in a row and evenly: of 2K 81.1 and 77.6 us, of 8K (11 tiles more) 271.8 and 278.8; 110 of 1K 44.2 and
 // 40.9. Where lanes share units in any case, an equal share wins: 24 requests of 8K (2 tiles more) 64.0 and 65.4, of 16K (5
-// more) 113.7 and 119.4, 40 of 4K (2 more) 55.7 and 56.8; with equal shares the even division: 16 requests of 16K 78.8 and 77.7.
-// So it does with a tile more where nearly all lanes are used (even_slack), as it starts earlier and every lane has one segment:
-// 16 requests of 32K, in a row and evenly, 145.9 and 145.2; of 64K (3 more) 280.0 and 280.4, 32 of 64K (6 more) 546.7 and 549.5.
+// more) 113.7 and 119.4, 40 of 4K (2 more) 55.7 and 56.8; with equal shares the even division: 16 requests of 16K 78.8 and
+// 77.7. So it does with a tile more where nearly all lanes are used (even_slack), as it starts earlier and every lane has one
+// segment: 16 requests of 32K, in a row and evenly, 145.9 and 145.2; of 64K (3 more) 280.0 and 280.4, 32 of 64K (6 more) 546.7
+// and 549.5.
 constexpr int EVEN_SLACK_LOG2 = 3;
 constexpr int WHOLE_SLACK = 6;
 
@@ -374,6 +375,9 @@ struct Walk {
     __device__ __forceinline__ bool starts() const { return tile_begin == 0; }
     __device__ __forceinline__ bool ends() const { return tile_end == unit_tiles; }
     __device__ __forceinline__ bool whole() const { return starts() && ends(); }
+    // Whether the segment is the lane's last one, as far as that is easily seen: it may be although this says no, and with an
+    // even division where lanes have several units each of them counts.
+    __device__ __forceinline__ bool surely_last(const Start& start) const { return start.even || !ends(); }
     // Tiles of the segment that hold keys: a request without keys owns one tile that does not.
     __device__ __forceinline__ int key_tiles() const { return seqlen == 0 ? 0 : tile_end - tile_begin; }
 
@@ -458,10 +462,11 @@ struct SharedUnit {
 // 84.4, 84.2, 85.0, 85.7, 86.6; where products are scarcer than memory, 128 heads, 8K, 493, 485, 480, 480, 490, and 64 heads,
 // 16 requests of 16K on 32 SMs 238.3, 233.4, 228.8, 228.0, 230.3; where the ring has room, 32 heads, 128 requests of 4K, 150.1,
 // 149.7, 149.5, 149.2, 149.2. To go on until P^T of the tile in between is there, by a vote of the warpgroup before every 1, 3,
-// 5 or 9 chunks, took up to 30 percent longer where products are scarce. With 16 rows, since LAST_TILES is what it is, the whole
-// tile, 7, 5, 3 chunks: 16 requests of 1K 14.74, 14.38, 14.43, 14.35 us, of 4K 27.18, 26.96, 26.56, 26.78, of 8K 43.74, 43.58,
-// 43.17, 43.31, of 16K 76.70, 76.59, 76.78, 76.93, 32 requests of 8K 76.75, 76.54, 76.58, 76.83: what is left of a tile when its
-// last chunk arrives is two chunks of scores, their softmax and products, not the products of the tile before as well.
+// 5 or 9 chunks, took up to 30 percent longer where products are scarce. With 16 rows the whole tile, 7, 5, 3 chunks: 16
+// requests of 1K 14.74, 14.38, 14.43, 14.35 us, of 4K 27.18, 26.96, 26.56, 26.78, of 8K 43.74, 43.58, 43.17, 43.31, of 16K
+// 76.70, 76.59, 76.78, 76.93, 32 requests of 8K 76.75, 76.54, 76.58, 76.83: with less than the whole tile, the products of the
+// tile before are done when the last chunk arrives. That is so since fewer chunks are asked for at the end (LAST_TILES);
+// before, it gained nothing.
 constexpr bool IN_TURNS = ROWS > 16;
 constexpr int P_BUFFERS = IN_TURNS && !OWN_TILES ? 1 : 2;
 
@@ -681,17 +686,20 @@ __device__ __forceinline__ void prefetch_inputs(const Params& p, int lane, int r
 
 // ---------------------------------------------------------------------------------------------- producer
 
-// At the end of a segment, in its last tiles, a CTA asks for no more than so many chunks at a time. If it asked for all that it
-// has room for, they would arrive together, to be multiplied one tile after the other when nothing else is left to do, and they
-// would take from the memory what lanes that are behind need more. Measured in one run on an H200, without and with: 16 requests
-// of 2K 19.15 and 18.86 us, of 8K 44.03 and 43.57, of 64K 272.0 and 271.3, 32 of 8K 77.06 and 76.37, mixed lengths 50.91 and
-// 50.54, 59.74 and 59.23. 7 chunks in five tiles: 18.91, 43.63, 272.1, 76.54, 50.82, 59.71; 4 in three: 19.60, 44.51, 274.7,
-// 77.36, 53.06, 62.21. In other runs 10 in four tiles gained half as much; 13 in all tiles gain as much up to 8K, and lose 1
-// percent from 16K on. With OWN_TILES it takes longer: 32 SMs 124.0 and 124.6.
+// In the last tiles of its last segment a CTA asks for no more than so many chunks at a time. If it asked for all that it has
+// room for, they would arrive together, to be multiplied one tile after the other when nothing else is left to do, and they
+// would take from the memory what lanes that are behind need more. Measured on H200s, each in one run: without, and with 7
+// chunks in the last three tiles of every segment, 16 requests of 2K 19.15 and 18.86 us, of 8K 44.03 and 43.57, of 64K 272.0
+// and 271.3, 32 of 8K 77.06 and 76.37, mixed lengths 50.91 and 50.54, 59.74 and 59.23; with 4 chunks in three tiles 19.60,
+// 44.51, 274.7, 77.36, 53.06, 62.21; with 13 in all tiles as with 7 up to 8K, from 16K on 1 percent longer than without. In
+// every segment, and in the last one only: 16 requests of 32K 145.7 and 145.0, mixed lengths 51.41 and 51.15, 63.36 and 62.78.
+// There, three, four, five tiles: 16 requests of 8K 43.25, 43.42, 43.50, of 16K 78.10, 77.89, 77.82, of 32K 144.5, 144.2,
+// 144.5, mixed lengths 62.74, 62.35, 62.53; 10 chunks in five 43.86, 78.14, 145.0, 63.09. With OWN_TILES it takes longer: 32
+// SMs 124.0 and 124.6.
 //
-// Each warp waits for the chunk so far before its own, by the parity of its slot's barrier: the next chunk in that slot has to be
-// the same warp's, or it might be there before the warp has looked.
-constexpr int LAST_TILES = 3;
+// Each warp waits for the chunk so far before its own, by the parity of its slot's barrier: the next chunk in that slot has to
+// be the same warp's, or it might be there before the warp has looked.
+constexpr int LAST_TILES = 4;
 constexpr int LAST_IN_FLIGHT = 6 + SLOTS % PRODUCER_WARPS;
 constexpr bool LAST_LIMITED = !OWN_TILES && TILE_CHUNKS % PRODUCER_WARPS == 0;
 static_assert(!LAST_LIMITED || (SLOTS - LAST_IN_FLIGHT) % PRODUCER_WARPS == 0, "its next chunk is the same warp's");
@@ -814,9 +822,9 @@ __device__ __forceinline__ bool produce_first_tile(const Params& p, Shared& s, c
 // A head start: while the producers find out how the tiles are divided, warps with nothing to do yet load the first chunks of
 // the lane's first tile as if the division were even. It is if the requests are alike, of which the warp looks at some; should
 // it turn out that it is not, everybody passes over these chunks. Measured in one run on an H200, without and with: 16 requests
-// of 512 13.12 and 12.80 us, of 2K 19.58 and 19.18, of 8K 45.23 and 44.83, 32 of 512 15.50 and 14.74; mixed lengths, which never
-// get one, 52.13 and 52.18, 61.09 and 61.04. One that did not look at other requests: mixed lengths 51.9 and 52.4; of all chunks
-// of the tile rather than three, 16 requests of 1K 14.9 and 15.1; of six, 16 of 512 12.22 and 12.43.
+// of 512 13.12 and 12.80 us, of 2K 19.58 and 19.18, of 8K 45.23 and 44.83, 32 of 512 15.50 and 14.74; mixed lengths, which
+// never get one, 52.13 and 52.18, 61.09 and 61.04. One that did not look at other requests: mixed lengths 51.9 and 52.4; of all
+// chunks of the tile rather than three, 16 requests of 1K 14.9 and 15.1; of six, 16 of 512 12.22 and 12.43.
 struct HeadStart {
     int own = 0, other = 0;  // lengths: of the request with which the lane starts; of another, in each thread a different one
 
@@ -852,6 +860,7 @@ __device__ __forceinline__ void produce(const Params& p, Shared& s, const Progre
     Place place(first_slot + begun * TILE_CHUNKS, 0);
     while (now->walk.active()) {
         const int tiles = now->walk.key_tiles();
+        const bool last = now->walk.surely_last(s.start);
         if (!GENERAL || p.tile_pages == 1) {
             for (int group = 0; group < tiles; group += 32) {
                 const Pages next(p, now->walk, group + 32);
@@ -860,7 +869,7 @@ __device__ __forceinline__ void produce(const Params& p, Shared& s, const Progre
                     const int page = __shfl_sync(~0u, pages.page, i);
                     const int tile = group + i;
                     produce_tile(p, s, place, 1, first_token(p, now->walk.tile_begin + tile), page, page,
-                                 tiles - tile <= LAST_TILES);
+                                 last && tiles - tile <= LAST_TILES);
                     place = place.ahead(TILE_CHUNKS);
                 }
                 begun = 0;
@@ -873,7 +882,8 @@ __device__ __forceinline__ void produce(const Params& p, Shared& s, const Progre
                     gather_tile(p, s, place, pages.page, pages.second,
                                 now->walk.seqlen - (now->walk.tile_begin + i) * TILE_KEYS);
                 else
-                    produce_tile(p, s, place, p.tile_pages, 0, pages.page, pages.second, tiles - i <= LAST_TILES);
+                    produce_tile(p, s, place, p.tile_pages, 0, pages.page, pages.second,
+                                 last && tiles - i <= LAST_TILES);
                 place = place.ahead(TILE_CHUNKS);
                 pages = next;
             }
@@ -1015,10 +1025,10 @@ struct Consumer {
     }
 
     // S^T += K Q^T for chunks [from, to) of the tile that begins at `first`, as they arrive; complete on return. `begun` is
-    // called when all of them are on their way. Where the next chunk lies is worked out beside the products, by few instructions
-    // that depend on each other: of one warpgroup alone on an H200, 16 rows, the 36 products of a tile that is there took 1620
-    // cycles if a slot's number became its addresses for each chunk anew, take 1220 so, 960 in a row rather than in a loop, and
-    // 850 without barriers. In a loop and in a row, 16 requests of 16K on 32 SMs: 128.9 and 125.9 us.
+    // called when all of them are on their way. Where the next chunk lies is worked out beside the products, by few
+    // instructions that depend on each other: of one warpgroup alone on an H200, 16 rows, the 36 products of a tile that is
+    // there took 1620 cycles if a slot's number became its addresses for each chunk anew, take 1220 so, 960 in a row rather
+    // than in a loop, and 850 without barriers. In a loop and in a row, 16 requests of 16K on 32 SMs: 128.9 and 125.9 us.
     template <typename Begun>
     __device__ __forceinline__ void multiply_scores(const Place& first, int from, int to, const Begun& begun) {
         if (ACCUMULATORS_CLEARED && from == 0)
@@ -1561,7 +1571,7 @@ __device__ __forceinline__ void finish_segment(Consumer& c, const Walk& walk, co
     // The elements of a lane's last segment go first: it takes longest until others see them. Measured in one run on an H200,
     // last and first: 16 requests of 1K 14.75 and 14.59 us, 32 of 512 14.94 and 14.75, 16 of 512 in fp16 12.77 and 12.54.
     // Where another segment follows, its queries wait for the place where the sums are.
-    const bool elements_first = !OWN_TILES && !whole && (s.start.even || !walk.ends());
+    const bool elements_first = !OWN_TILES && !whole && walk.surely_last(s.start);
 #pragma unroll 1
     for (int turn = 0; turn < 2; ++turn)
         if (turn == (elements_first ? 1 : 0)) {
@@ -1967,10 +1977,10 @@ __device__ __forceinline__ void consume(const Params& p, Shared& s, const Progre
 }
 
 // The lane of the CTAs [column * row_groups, (column + 1) * row_groups). CTAs next to each other run next to each other: on an
-// H200 those of a GPC, one GPC after the other, and four of its eight GPCs have their way to memory in common. So the lanes that
-// an even division leaves idle, the last ones, are spread over the columns. Measured in one run on an H200, at the end and
+// H200 those of a GPC, one GPC after the other, and four of its eight GPCs have their way to memory in common. So the lanes
+// that an even division leaves idle, the last ones, are spread over the columns. Measured in one run on an H200, at the end and
 // spread: 16 requests of 16K 78.1 and 77.2 us, 32 of 16K 143.8 and 142.1, 128 of 4K 142.5 and 141.0, of 4K with 32 heads 145.2
-// and 143.2; in the middle of a GPC, or at the beginning, they are no better than at the end.
+// and 143.2. Next to each other at the beginning they are no better than at the end, nor is a grid without them.
 __device__ __forceinline__ int lane_of_column(const Params& p, int column) {
     const u64 spare = u64(column) * p.spare_lanes + (1u << 31);
     const u32 before = u32(spare >> 32);
@@ -1994,8 +2004,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
     int token = 0;
     if (warp >= CONSUMER_WARPS) {
         wait_for_predecessor();
-        // The pages of a request's first tiles are asked for together with the lengths, should the lane start there. Measured in
-        // one run on an H200, without and with: 16 requests of 64 tokens, 20 calls in a CUDA graph, 5.20 and 5.04 us each.
+        // The pages of a request's first tiles are asked for together with the lengths, should the lane start there. Measured
+        // in one run on an H200, without and with: 16 requests of 64 tokens, 20 calls in a CUDA graph, 5.20 and 5.04 us each.
         const EvenStart even(p, lane);
         const Pages first = Pages::of_first_tiles(p, even.request);
         walk = find_walk(p, lane, start);
