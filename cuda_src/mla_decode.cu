@@ -780,13 +780,6 @@ struct Pages {
             second = page_of(l + 32);
         }
     }
-    // Of a request whose length is not known yet, from its first tile on; for tiles that it does not have, anything.
-    static __device__ __forceinline__ Pages of_first_tiles(const Params& p, int request) {
-        Pages pages;
-        const int entry = p.by_page_tiles(threadIdx.x % 32);
-        if (!GENERAL && request < p.batch && entry < p.max_pages) pages.page = pages_of(p, request)[entry];
-        return pages;
-    }
 };
 
 // Token within its page where a tile begins.
@@ -2004,16 +1997,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
     int token = 0;
     if (warp >= CONSUMER_WARPS) {
         wait_for_predecessor();
-        // The pages of a request's first tiles are asked for together with the lengths, should the lane start there. Measured
-        // in one run on an H200, without and with: 16 requests of 64 tokens, 20 calls in a CUDA graph, 5.20 and 5.04 us each.
-        const EvenStart even(p, lane);
-        const Pages first = Pages::of_first_tiles(p, even.request);
         walk = find_walk(p, lane, start);
         if (threadIdx.x == COORDINATOR_WARP * 32) {
             s.start = start;
             s.walk = walk;
         }
-        pages = !GENERAL && walk.request == even.request && walk.starts() ? first : Pages(p, walk, 0);
+        pages = Pages(p, walk, 0);
         token = first_token(p, walk.tile_begin);
     } else {
         if (warp == CONSUMER_WARPS - 1) prefetch_inputs(p, lane, row_group);
