@@ -192,8 +192,8 @@ struct Params {
     int gather;      // pages are so small that threads copy the rows of a tile rather than the copy engine:
                      // log2(page_size) + 1, 0 for larger pages
     int lanes;
-    int share;  // lanes of each unit when they are shared out evenly, 0 when there are more units than lanes
-    int stack;  // units of each lane then, otherwise 1
+    int share;        // lanes of each unit when they are shared out evenly, 0 when there are more units than lanes
+    int stack;        // units of each lane then, otherwise 1
     int even_lanes;   // lanes that are used when they are shared out evenly, or units are
     u32 spare_lanes;  // the others, as a part of all: times 2^32, rounded down
     int even_slack;   // tiles that the busiest of the lanes that share units may have more than in a row
@@ -815,9 +815,9 @@ __device__ __forceinline__ bool produce_first_tile(const Params& p, Shared& s, c
 // A head start: while the producers find out how the tiles are divided, warps with nothing to do yet load the first chunks of
 // the lane's first tile as if the division were even. It is if the requests are alike, of which the warp looks at some; should
 // it turn out that it is not, everybody passes over these chunks. Measured in one run on an H200, without and with: 16 requests
-// of 512 13.12 and 12.80 us, of 2K 19.58 and 19.18, of 8K 45.23 and 44.83, 32 of 512 15.50 and 14.74; mixed lengths, which
-// never get one, 52.13 and 52.18, 61.09 and 61.04. One that did not look at other requests: mixed lengths 51.9 and 52.4; of all
-// chunks of the tile rather than three, 16 requests of 1K 14.9 and 15.1; of six, 16 of 512 12.22 and 12.43.
+// of 512 13.12 and 12.80 us, of 2K 19.58 and 19.18, of 8K 45.23 and 44.83, 32 of 512 15.50 and 14.74; mixed lengths, of which
+// none got one, 52.13 and 52.18, 61.09 and 61.04. One that did not look at other requests: mixed lengths 51.9 and 52.4; of all
+// chunks of the tile rather than three, 16 requests of 1K 14.9 and 15.1.
 struct HeadStart {
     int own = 0, other = 0;  // lengths: of the request with which the lane starts; of another, in each thread a different one
 
@@ -972,7 +972,6 @@ struct Consumer {
     Place here;                       // of the first chunk of the tile at hand
     Place theirs = {0, 0};            // with OWN_TILES: of the other's last one of a segment
     u32 p_phase = 0;                  // bit w: parity of the next P^T of warpgroup w; bit 2: of the tile, for p_empty and turns
-
     bool traced = false;              // with TRACE: whether the first tile is
 
     float o[OUTPUT_BLOCKS][ROWS / 2];  // O^T, see wgmma for the layout
