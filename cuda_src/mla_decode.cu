@@ -15,7 +15,7 @@
 // Shared memory               written by                read by               between them
 //   ring[slot]                producer                  wgmma                 chunk_full (bytes, or lanes of the producing
 //                                                                             warp), chunk_empty (4 warps)
-//                             warps 4 to 6 (HeadStart)  wgmma                 the same
+//                             warps 4 to 7 (HeadStart)  wgmma                 the same
 //                                                       nobody: passed over   chunk_full, chunk_empty (the coordinator, for
 //                                                                             4 warps)
 //                             a warpgroup, its half of  the other             sums_full, chunk_empty
@@ -572,9 +572,9 @@ struct Place {
 
 // ---------------------------------------------------------------------------------------------- prologue
 
-// Chunks that a lane loads ahead, each by a consumer warp from this one on: see HeadStart.
-constexpr int HEAD_START = 3;
+// The consumer warps from this one on load one chunk each ahead: see HeadStart.
 constexpr int HEAD_START_WARP = WARPGROUP / 32;
+constexpr int HEAD_START = CONSUMER_WARPS - HEAD_START_WARP;
 
 __device__ __forceinline__ void init_slot(const Params& p, Shared& s, int slot) {
     mbarrier_init(shared_address(&s.chunk_full[slot]), GENERAL && p.gather ? 32 : 1);
@@ -585,14 +585,12 @@ __device__ __forceinline__ void init_slot(const Params& p, Shared& s, int slot) 
 // fills in a head start are its own, the rest are dealt out to the others.
 __device__ __forceinline__ void init_barriers(const Params& p, Shared& s, int warp) {
     if (threadIdx.x % 32 > 0) return;
-    const int chunk = warp - HEAD_START_WARP;
-    if (chunk >= 0 && chunk < HEAD_START) {
-        init_slot(p, s, chunk);
-        if (chunk == 0) s.head_start = 0;
+    if (warp >= HEAD_START_WARP) {
+        init_slot(p, s, warp - HEAD_START_WARP);
+        if (warp == HEAD_START_WARP) s.head_start = 0;
     } else {
-        constexpr int OTHERS = CONSUMER_WARPS - HEAD_START;
 #pragma unroll 1
-        for (int i = chunk < 0 ? HEAD_START + warp : warp; i < SLOTS; i += OTHERS) init_slot(p, s, i);
+        for (int i = HEAD_START + warp; i < SLOTS; i += HEAD_START_WARP) init_slot(p, s, i);
     }
     if (warp < 2) {
         if constexpr (!OWN_TILES) mbarrier_init(shared_address(&s.p_full[warp]), 4 + 3);
@@ -794,16 +792,17 @@ __device__ __forceinline__ bool produce_first_tile(const Params& p, Shared& s, c
                                                    int first_slot, bool started) {
     if ((GENERAL && p.tile_pages > 1) || walk.key_tiles() == 0) return false;
     if (threadIdx.x % 32 > 0) return true;
+    const auto to_load = [&](int i) {  // of the chunks i, i + 1 ... this warp's
+        const int j = i + warp;
+        return (i + PRODUCER_WARPS <= TILE_CHUNKS || j < TILE_CHUNKS) && (i >= HEAD_START || j >= HEAD_START || !started);
+    };
+#pragma unroll
+    for (int i = 0; i < TILE_CHUNKS; i += PRODUCER_WARPS)
+        if (to_load(i)) mbarrier_arrive_expect(shared_address(&s.chunk_full[first_slot + i + warp]), CHUNK_BYTES);
 #pragma unroll
     for (int i = 0; i < TILE_CHUNKS; i += PRODUCER_WARPS) {
         const int j = i + warp;
-        if ((i + PRODUCER_WARPS <= TILE_CHUNKS || j < TILE_CHUNKS) && (i >= HEAD_START || !started))
-            mbarrier_arrive_expect(shared_address(&s.chunk_full[first_slot + j]), CHUNK_BYTES);
-    }
-#pragma unroll
-    for (int i = 0; i < TILE_CHUNKS; i += PRODUCER_WARPS) {
-        const int j = i + warp;
-        if ((i + PRODUCER_WARPS <= TILE_CHUNKS || j < TILE_CHUNKS) && (i >= HEAD_START || !started))
+        if (to_load(i))
             tma_load_3d(shared_address(s.ring[first_slot + j]),
                         i < ROPE_CHUNKS && j < ROPE_CHUNKS ? &p.rope_map : &p.latent_map,
                         shared_address(&s.chunk_full[first_slot + j]),
@@ -816,8 +815,9 @@ __device__ __forceinline__ bool produce_first_tile(const Params& p, Shared& s, c
 // the lane's first tile as if the division were even. It is if the requests are alike, of which the warp looks at some; should
 // it turn out that it is not, everybody passes over these chunks. Measured in one run on an H200, without and with: 16 requests
 // of 512 13.12 and 12.80 us, of 2K 19.58 and 19.18, of 8K 45.23 and 44.83, 32 of 512 15.50 and 14.74; mixed lengths, of which
-// none got one, 52.13 and 52.18, 61.09 and 61.04. One that did not look at other requests: mixed lengths 51.9 and 52.4; of all
-// chunks of the tile rather than three, 16 requests of 1K 14.9 and 15.1.
+// none got one, 52.13 and 52.18, 61.09 and 61.04. One that did not look at other requests: mixed lengths 51.9 and 52.4. Those
+// were three chunks; three, four and eight, one by each warp: 16 requests of 512 12.22, 12.03 and 12.45, of 1K 14.69, 14.51 and
+// 14.78, of 2K 18.27, 18.08 and 18.37, from 8K on alike.
 struct HeadStart {
     int own = 0, other = 0;  // lengths: of the request with which the lane starts; of another, in each thread a different one
 
@@ -2007,15 +2007,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
         if (warp == CONSUMER_WARPS - 1) prefetch_inputs(p, lane, row_group);
         wait_for_predecessor();
         const EvenStart even(p, lane);
-        const int chunk = warp - HEAD_START_WARP;
-        const bool early = !GENERAL && chunk >= 0 && chunk < HEAD_START;
+        const bool early = !GENERAL && warp >= HEAD_START_WARP;
         const HeadStart head_start = early ? HeadStart(p, even) : HeadStart();
         if (warp < WARPGROUP / 32) {
             // The queries of an even division, ahead of the keys: behind those they would arrive last.
             if (even.request < p.batch) copy_queries(p, s, even.request, row_tile_of(p, even.request, even.pass, row_group));
         }
         init_barriers(p, s, warp);
-        if (early) head_start.load(p, s, even, chunk);
+        if (early) head_start.load(p, s, even, warp - HEAD_START_WARP);
     }
     __syncthreads();
     const bool started = !GENERAL && s.head_start;
