@@ -199,7 +199,7 @@ struct Params {
     int even_slack;   // tiles that the busiest of the lanes that share units may have more than in a row
     int row_groups;
     int passes;        // of a request with s_q queries
-    int chunks_ahead;  // see IN_TURNS
+    int chunks_ahead;  // at least one, fewer than a tile has: see IN_TURNS
     int head_start_tiles;  // requests of up to so many tiles, all alike, are divided evenly: see HeadStart
     int causal;
     int q_vector_loads;  // every row of q starts on 16 bytes
@@ -462,11 +462,12 @@ struct SharedUnit {
 // 84.4, 84.2, 85.0, 85.7, 86.6; where products are scarcer than memory, 128 heads, 8K, 493, 485, 480, 480, 490, and 64 heads,
 // 16 requests of 16K on 32 SMs 238.3, 233.4, 228.8, 228.0, 230.3; where the ring has room, 32 heads, 128 requests of 4K, 150.1,
 // 149.7, 149.5, 149.2, 149.2. To go on until P^T of the tile in between is there, by a vote of the warpgroup before every 1, 3,
-// 5 or 9 chunks, took up to 30 percent longer where products are scarce. With 16 rows the whole tile, 7, 5, 3 chunks: 16
-// requests of 1K 14.74, 14.38, 14.43, 14.35 us, of 4K 27.18, 26.96, 26.56, 26.78, of 8K 43.74, 43.58, 43.17, 43.31, of 16K
-// 76.70, 76.59, 76.78, 76.93, 32 requests of 8K 76.75, 76.54, 76.58, 76.83: with less than the whole tile, the products of the
-// tile before are done when the last chunk arrives. That is so since fewer chunks are asked for at the end (LAST_TILES);
-// before, it gained nothing.
+// 5 or 9 chunks, took up to 30 percent longer where products are scarce. With 16 rows, which wait for memory, the outputs of
+// the tile before are held up by more chunks than have arrived when its weights are there. The whole tile, 7, 5, 3 chunks: 16
+// requests of 1K 14.74, 14.38, 14.43, 14.35 us, of 4K 27.18, 26.96, 26.56, 26.78, of 8K 43.74, 43.58, 43.17, 43.31; 5, 4, 3:
+// of 4K 27.04, 26.88, 26.78, of 16K 78.08, 77.89, 77.73, 32 of 2K 27.01, 26.82, 26.69; 3, 2, 1: 16 of 1K 14.34, 14.05, 14.14,
+// of 4K 26.94, 26.96, 26.93, of 16K 78.08, 77.95, 78.02, 32 of 512 14.29, 13.98, 14.02, of 8K 78.06, 77.90, 78.10. That is so
+// since fewer chunks are asked for at the end (LAST_TILES); before, it gained nothing.
 constexpr bool IN_TURNS = ROWS > 16;
 constexpr int P_BUFFERS = IN_TURNS && !OWN_TILES ? 1 : 2;
 
@@ -1322,7 +1323,7 @@ struct Consumer {
 
     template <typename Tiles, typename Mask, typename Zero>
     __device__ __forceinline__ void run_shared_tiles(const Tiles& tiles, const Mask& mask_tile, const Zero& zero_tile) {
-        const int ahead = min(p.chunks_ahead, TILE_CHUNKS - 2);
+        const int ahead = p.chunks_ahead;
         if (warpgroup == 0) multiply_scores(here, 0, ahead, [] {});
 #pragma unroll 1
         for (int i = 0; i < tiles(); ++i) {

@@ -25,8 +25,8 @@ TILE_KEYS = 64
 ROW_TILES = (8, 16, 24, 32, 64)
 OWN_TILES_ROWS = 32  # up to so many a warpgroup has registers for all dims of the accumulator
 SCARCE_SMS = 80  # up to so many products are scarcer than memory: see mla_decode.cu
-FEW_ROWS = 16  # up to so many products are fast beside loads
-CHUNKS_AHEAD = (1, 3, 5)  # where room in the ring is scarce, elsewhere, with few rows: likewise
+CHUNKS_AHEAD = 2  # where a call waits for memory: likewise
+CHUNKS_AHEAD_64_ROWS = (1, 3)  # where memory is what it waits for, and where products are
 MAX_ROW_GROUPS = 8
 SWITCH_TILES = 4  # what a lane loses by starting on another unit, measured in tiles of an H200
 EVEN_SLACK_LOG2 = 3  # what it costs to merge units that need not be, as a part of a lane's work: see mla_decode.cu
@@ -44,7 +44,7 @@ class Grid:
     passes: int  # passes over a request; passes * row_groups row tiles cover all rows
     lanes: int
     own_tiles: bool = False  # each warpgroup of a CTA has key tiles of its own, rather than dims of all
-    chunks_ahead: int = CHUNKS_AHEAD[-1]  # of the next tile that are multiplied before this one ends, where they share
+    chunks_ahead: int = CHUNKS_AHEAD  # of the next tile that are multiplied before this one ends, where they share
 
     @property
     def ctas(self) -> int:
@@ -72,8 +72,8 @@ def plan_grid(rows: int, sm_count: int) -> Grid:
     (an H20, or a part of the SMs of a larger GPU), and where several row tiles share what is loaded, the tensor cores,
     not the memory, are what a call waits for. Then it pays that the warpgroups wait less for each other: where there
     are registers for it they have key tiles of their own, otherwise they multiply more chunks ahead. That takes room
-    from what is being loaded, of which the queries of 64 rows leave little. With few rows it is memory that a call
-    waits for: about half of a tile is multiplied ahead, so that the tile before is done when the rest arrives.
+    from what is being loaded, of which the queries of 64 rows leave little. With fewer rows it is memory that a call
+    waits for: no more is multiplied ahead than has arrived when the tile before is to go on.
     """
     if rows < 1 or sm_count < 1:
         raise ValueError(f"rows and sm_count must be positive, got {rows} and {sm_count}")
@@ -84,8 +84,7 @@ def plan_grid(rows: int, sm_count: int) -> Grid:
     row_groups = -(-row_tiles // passes)
     scarce = sm_count <= SCARCE_SMS
     own_tiles = scarce and tile <= OWN_TILES_ROWS
-    room = tile < ROW_TILES[-1] or row_groups > 1 or scarce
-    chunks_ahead = CHUNKS_AHEAD[2 if tile <= FEW_ROWS else 1 if room else 0]
+    chunks_ahead = CHUNKS_AHEAD if tile < ROW_TILES[-1] else CHUNKS_AHEAD_64_ROWS[row_groups > 1 or scarce]
     return Grid(tile, row_groups, passes, max(1, sm_count // row_groups), own_tiles, chunks_ahead)
 
 
