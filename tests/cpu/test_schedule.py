@@ -8,6 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from etap_rt.decode import CHUNK_DIMS
+from etap_rt.kernels import DIMS
 from etap_rt.schedule import (
     MAX_ROW_GROUPS,
     MOST_TILES,
@@ -321,7 +323,8 @@ def test_on_few_sms_each_warpgroup_has_tiles_of_its_own(rows: int, sm_count: int
 
 @pytest.mark.parametrize(("rows", "sm_count"), [(16, 132), (32, 132), (65, 132), (128, 132), (64, 80)])
 def test_where_room_is_scarcer_than_products_fewer_chunks_are_multiplied_ahead(rows: int, sm_count: int) -> None:
-    assert plan_grid(rows, sm_count).chunks_ahead > plan_grid(64, 132).chunks_ahead > 0
+    smallest_tile = min(map(sum, DIMS)) // CHUNK_DIMS
+    assert smallest_tile > plan_grid(rows, sm_count).chunks_ahead > plan_grid(64, 132).chunks_ahead > 0
 
 
 @pytest.mark.parametrize(("length", "tiles"), [(0, 1), (1, 1), (TILE_KEYS, 1), (TILE_KEYS + 1, 2)])

@@ -64,17 +64,15 @@ CASES_ON_FEW = (
 
 def with_gaps(array: NDArray[Any]) -> Any:
     """The `convert` that leaves the unused entries of tables and page lists unwritten, in memory of their own."""
-    used = array.ravel() != UNUSED_ENTRY
-    if array.dtype != np.int32 or used.all():
+    if array.dtype != np.int32 or UNUSED_ENTRY not in array:
         return to_cupy(array)
+    used = array.ravel() != UNUSED_ENTRY
     with cupy.cuda.using_allocator(None):
         copy = cupy.empty(array.shape, np.int32)
     changes = np.flatnonzero(np.diff(used, prepend=~used[0], append=~used[-1]))
     for begin, end in pairwise(changes.tolist()):
         if used[begin]:
-            size, start = (end - begin) * array.itemsize, begin * array.itemsize
-            copy_kind = cupy.cuda.runtime.memcpyHostToDevice
-            cupy.cuda.runtime.memcpy(copy.data.ptr + start, array.ctypes.data + start, size, copy_kind)
+            copy.ravel()[begin:end].set(array.ravel()[begin:end])
     return copy
 
 
