@@ -10,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 from etap_rt.errors import ArgumentError, ArgumentTypeError
-from etap_rt.interop import Array, Layout, describe, remember, tensor_signature, to_host
+from etap_rt.interop import Array, Layout, describe, is_tensor, remember, tensor_signature, tensors_alike, to_host
 from etap_rt.kernels import DIMS, ELEMENT_TYPES, ElementType
 from etap_rt.overlap import overlap, reach, span
 from etap_rt.scalars import check_flag
@@ -124,9 +124,21 @@ class Call(NamedTuple):
 
 
 _problems: dict[tuple[Any, ...], Problem] = {}
-# Of calls whose four inputs are tensors on the GPU, by what these and given outputs look like, with the inputs' reach:
-# see `recognise`.
-_recognised: dict[Any, tuple[Problem, tuple[tuple[int, int], ...]]] = {}
+
+
+class Seen(NamedTuple):
+    """What is known of calls whose four inputs are tensors on the GPU that look alike, and so do outputs if given."""
+
+    problem: Problem
+    reaches: tuple[tuple[int, int], ...]  # of the inputs
+    out: Layout | None
+    lse: Layout | None
+
+
+_seen: dict[Any, Seen] = {}  # by what all of them look like: see `_with_outputs`
+# The latest of them by q's shape and which outputs are given, with what tells whether others look alike, if they are
+# all torch's.
+_latest: dict[Any, tuple[Callable[..., bool], Seen]] = {}
 
 
 def check(
@@ -213,7 +225,8 @@ def check(
         if signature is not None:
             packed = q_latent, cache_latent, table, lengths  # or the signature were None
             reaches = tuple(reach(array.layout) for array in packed)
-            remember(_recognised, _with_outputs(signature, out_array, lse_array), (problem, reaches))
+            layouts = (None if array is None else array.layout for array in (out_array, lse_array))
+            remember(_seen, _with_outputs(signature, out_array, lse_array), Seen(problem, reaches, *layouts))
 
     call = Call(
         problem,
@@ -260,23 +273,32 @@ Recognised: TypeAlias = tuple[Problem, tuple[int, int, int, int], Array | None, 
 def recognise(q: Any, kv_cache: Any, block_table: Any, cache_seqlens: Any, out: Any, lse: Any) -> Recognised | None:
     """Tensors on the GPU that look like those of an earlier call, which `check` accepted; None for anything else.
 
-    What it finds, `check` would accept as well, after three times as long.
+    What it finds, `check` would accept as well, after several times as long.
     """
-    signature, at = tensor_signature(q, kv_cache, block_table, cache_seqlens)
-    if signature is None:
-        return None
-    out_array = lse_array = None
-    out_at = lse_at = 0
-    if out is not None:
-        out_array = describe(out, "out")
-        out_at = out_array.pointer
-    if lse is not None:
-        lse_array = describe(lse, "lse")
-        lse_at = lse_array.pointer
-    recognised = _recognised.get(_with_outputs(signature, out_array, lse_array))
-    if recognised is None:
-        return None
-    problem, reaches = recognised
+    tensors = q, kv_cache, block_table, cache_seqlens
+    if out is not None or lse is not None:
+        tensors = *tensors, *(output for output in (out, lse) if output is not None)
+    latest = _latest.get((q.shape, out is None, lse is None)) if is_tensor(q) else None
+    if latest is not None and latest[0](*tensors):
+        seen = latest[1]
+        at = q.data_ptr(), kv_cache.data_ptr(), block_table.data_ptr(), cache_seqlens.data_ptr()
+        out_array = None if seen.out is None else Array(seen.out, out.data_ptr(), out)
+        lse_array = None if seen.lse is None else Array(seen.lse, lse.data_ptr(), lse)
+    else:
+        signature, at = tensor_signature(q, kv_cache, block_table, cache_seqlens)
+        if signature is None:
+            return None
+        out_array = None if out is None else describe(out, "out")
+        lse_array = None if lse is None else describe(lse, "lse")
+        found = _seen.get(_with_outputs(signature, out_array, lse_array))
+        if found is None:
+            return None
+        seen = found
+        alike = tensors_alike(*tensors)
+        if alike is not None:
+            remember(_latest, (q.shape, out is None, lse is None), (alike, seen))
+    out_at = 0 if out_array is None else out_array.pointer
+    lse_at = 0 if lse_array is None else lse_array.pointer
     q_at, cache_at, table_at, lengths_at = at
     if (
         q_at % ELEMENT_BYTES
@@ -286,14 +308,14 @@ def recognise(q: Any, kv_cache: Any, block_table: Any, cache_seqlens: Any, out: 
     ):
         return None
     if out is not None or lse is not None:
-        taken = [(address + first, address + past) for address, (first, past) in zip(at, reaches)]
+        taken = [(address + first, address + past) for address, (first, past) in zip(at, seen.reaches)]
         if not _lie_apart(taken, out_array, lse_array):
             return None
-    return problem, at, out_array, lse_array
+    return seen.problem, at, out_array, lse_array
 
 
 def _with_outputs(signature: Any, out: Array | None, lse: Array | None) -> Any:
-    """The key of `_recognised`: what inputs look like and, if they are given, outputs."""
+    """The key of `_seen`: what inputs look like and, if they are given, outputs."""
     if out is None and lse is None:
         return signature
     return signature, None if out is None else out.layout, None if lse is None else lse.layout

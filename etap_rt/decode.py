@@ -15,7 +15,7 @@ from etap_rt.kernels import decode_spec
 from etap_rt.overlap import reach, span
 from etap_rt.scalars import check_flag
 from etap_rt.schedule import TILE_KEYS, Grid, even_lanes, even_slack, even_up_to, plan_grid
-from etap_rt.workspace import Workspace, workspace_for
+from etap_rt.workspace import workspace_for
 
 THREADS = 384  # of a CTA: two warpgroups that compute, one that loads and coordinates
 CHUNK_DIMS = 64  # dims that one bulk copy brings, for the keys of a tile
@@ -131,13 +131,14 @@ class DecodePlan:
     `out` and `lse` are the arrays that it writes; `lse` is None when it was neither given nor asked for.
     """
 
-    __slots__ = ("_call", "_causal", "_launch", "_look", "_outputs", "_reach", "_softmax_scale", "lse", "out")
+    __slots__ = ("_accepted", "_call", "_causal", "_launch", "_look", "_outputs", "_reach", "_scale", "lse", "out")
 
     def __init__(self, call: Call, out: Any, lse: Any, softmax_scale: float, causal: bool) -> None:
         self._call = call
-        self._softmax_scale = softmax_scale
+        self._scale = softmax_scale
         self._causal = causal
         self._look = None if call.problem.split_q else interop.tensor_look(call.q[0])
+        self._accepted = 0  # the latest address that `_accepts` did
         self._launch: Launch | None = None  # the plan's own: the parameter holds all but q and the workspace
         self._reach = reach(call.q[0].layout)  # of packed queries
         outputs = [interop.describe(array, name) for name, array in (("out", out), ("lse", lse)) if array is not None]
@@ -153,17 +154,13 @@ class DecodePlan:
         """
         call = self._call
         problem = call.problem
-        latent = interop.tensor_address(q, self._look)
+        latent = 0 if self._look is None else self._look.address(q)
         rope = latent + problem.latent_dim * ELEMENT_BYTES
-        first, past = self._reach
-        for begin, end, _ in self._outputs:
-            if latent + first < end and begin < latent + past:
-                latent = 0  # perhaps between the rows of an output: a closer look
-        if latent == 0 or latent % ELEMENT_BYTES:  # not packed in a tensor on the GPU, or not as planned
+        if latent == 0 or not (latent == self._accepted or self._accepts(latent)):
             arrays, latent, rope = arguments.check_queries(call, q, [output for *_, output in self._outputs])
             if problem.device_type == "cpu" or problem.total_q == 0:
                 call = call._replace(q=arrays, q_latent=latent, q_rope=rope)
-                run(call, self.out, self.lse, self._softmax_scale, self._causal)
+                run(call, self.out, self.lse, self._scale, self._causal)
                 return self.out
         stream = interop.current_stream(problem.like)
         capture, sms = driver.stream_state(problem.device, stream)
@@ -171,12 +168,24 @@ class DecodePlan:
         if launch is None or launch.sms != sms or launch.source != compiler.source_key():
             launch = Launch(problem, sms)
             places = _places(call, *_output_places(call, self.out, self.lse))
-            launch.fill(places, self._softmax_scale, self._causal, call.lse_form, call.page_count)
+            launch.fill(places, self._scale, self._causal, call.lse_form, call.page_count)
             self._launch = launch  # only now: other threads may be about to launch it
         with launch.lock:
             launch.replace_queries(latent, rope)
             launch.start(stream, capture, call.q[0].owner)
         return self.out
+
+    def _accepts(self, latent: int) -> bool:
+        """Whether packed queries of the planned look at this address need no closer look.
+
+        One is needed where they lie among the outputs, perhaps between the rows of one.
+        """
+        first, past = self._reach
+        apart = all(latent + past <= begin or end <= latent + first for begin, end, _ in self._outputs)
+        if not apart or latent % ELEMENT_BYTES:
+            return False
+        self._accepted = latent
+        return True
 
 
 def make_outputs(call: Call, out: Any, lse: Any, return_lse: bool) -> tuple[Any, Any]:
@@ -386,9 +395,12 @@ class Launch:
         self.params_address = ctypes.addressof(self.params)
         self.launch_on = self.kernel.prepare(self.grid.ctas, THREADS, SHARED_BYTES, self.params_address, early=True)
         self.maps: dict[tuple[int, ...], bytes] = {}
+        # What the parameter holds of the latest call: to compare takes less time than to set.
         self.maps_in_place: tuple[int, ...] | None = None
+        self.places_in_place: tuple[int, ...] | None = None
+        self.queries_in_place: tuple[int, int] | None = None
         self.options_in_place: tuple[float, bool, LseForm, int] | None = None
-        self.workspace_in_place: Workspace | None = None
+        self.workspace_of: int | None = None  # the stream whose workspace it is
         strides = [*problem.q_strides, *problem.q_rope_strides]
         self.q_vector_strides = all(stride * ELEMENT_BYTES % VECTOR_BYTES == 0 for stride in strides)
         self.lock = threading.Lock()  # over params, from the first field set to the launch that copies them
@@ -413,38 +425,46 @@ class Launch:
 
         `places` are those of `_places`.
         """
-        params, pages = self.params, places[:2]
-        if pages != self.maps_in_place:
-            maps = self.maps.get(pages) or self._find_maps(pages)
-            ctypes.memmove(params.maps, maps, len(maps))
-            self.maps_in_place = pages
-        _ADDRESSES.pack_into(params, _ADDRESSES_AT, *places)
+        params = self.params
+        if places != self.places_in_place:
+            pages = places[:2]
+            if pages != self.maps_in_place:
+                maps = self.maps.get(pages) or self._find_maps(pages)
+                ctypes.memmove(params.maps, maps, len(maps))
+                self.maps_in_place = pages
+            _ADDRESSES.pack_into(params, _ADDRESSES_AT, *places)
+            self._note_queries(places[2], places[3])
+            self.places_in_place = places
         scale = float(softmax_scale)
         options = scale, causal, lse_form, PATIENCE
         if options != self.options_in_place:
-            _OPTIONS.pack_into(params, _OPTIONS_AT, causal, False, PATIENCE, scale * LOG2_E, *lse_form)
+            _OPTIONS.pack_into(params, _OPTIONS_AT, causal, params.q_vector_loads, PATIENCE, scale * LOG2_E, *lse_form)
             self.options_in_place = options
-        params.q_vector_loads = self.q_vector_strides and (places[2] | places[3]) % VECTOR_BYTES == 0
         if self.problem.csr:
             params.max_pages = page_count
 
     def replace_queries(self, latent: int, rope: int) -> None:
         """Set where the queries are, with the lock held."""
-        params = self.params
-        params.q_latent, params.q_rope = latent, rope
-        params.q_vector_loads = self.q_vector_strides and (latent | rope) % VECTOR_BYTES == 0
+        if (latent, rope) != self.queries_in_place:
+            self.params.q_latent, self.params.q_rope = latent, rope
+            self._note_queries(latent, rope)
+            self.places_in_place = None
 
     def start(self, stream: int, capture: int, owner: Any) -> None:
         """Launch on `stream`, which is part of `capture` if that is not 0, with the lock held.
 
         `owner` is an array of the caller's library on the device.
         """
-        workspace = workspace_for(self.problem.like, owner, self.grid.rows, stream, capture)
-        if workspace is not self.workspace_in_place:
+        if capture or stream != self.workspace_of:
+            workspace = workspace_for(self.problem.like, owner, self.grid.rows, stream, capture)
             scratch = workspace.partials, workspace.partial_stats, workspace.counters
             _WORKSPACE.pack_into(self.params, _WORKSPACE_AT, *scratch)
-            self.workspace_in_place = None if capture else workspace  # a graph's memory goes with the graph
+            self.workspace_of = None if capture else stream  # a graph's memory goes with the graph
         self.launch_on(stream)
+
+    def _note_queries(self, latent: int, rope: int) -> None:
+        self.params.q_vector_loads = self.q_vector_strides and (latent | rope) % VECTOR_BYTES == 0
+        self.queries_in_place = latent, rope
 
     def _find_maps(self, pages: tuple[int, ...]) -> bytes:
         maps = tensor_maps(self.problem, *pages)

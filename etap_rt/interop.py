@@ -11,7 +11,7 @@ import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -79,11 +79,7 @@ def tensor_signature(a: Any, b: Any, c: Any, d: Any) -> tuple[Any, tuple[int, in
     when one of them is anything else, for `describe` to say what.
     """
     kind = type(a)
-    if (
-        kind is type(b) is type(c) is type(d)
-        and _readers.get(kind) is _read_torch
-        and (a.is_cuda and b.is_cuda and c.is_cuda and d.is_cuda)
-    ):
+    if kind is type(b) is type(c) is type(d) and is_tensor(a) and (a.is_cuda and b.is_cuda and c.is_cuda and d.is_cuda):
         try:
             key = (
                 a.shape,
@@ -109,36 +105,63 @@ def tensor_signature(a: Any, b: Any, c: Any, d: Any) -> tuple[Any, tuple[int, in
     return None, (0, 0, 0, 0)
 
 
-# A torch tensor on a GPU but for its address: type, shape, strides, torch's dtype, device.
-TensorLook: TypeAlias = tuple[Any, tuple[int, ...], tuple[int, ...], Any, int]
+def tensors_alike(*tensors: Any) -> Callable[..., bool] | None:
+    """A function that tells of as many others whether they look like these torch tensors; None where torch has none.
+
+    It is the guard of torch.compile, which compares type, dtype, device, shape and strides of four tensors in a fifth
+    of the time that it takes to ask for them. It may say no of tensors that do look alike: in another mode, such as
+    inference_mode, with another requires_grad, or if one is passed twice.
+    """
+    guard = _tensor_guard()
+    if guard is None:
+        return None
+    try:
+        shapes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
+        return guard(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check  # type: ignore[no-any-return]
+    except (AttributeError, RuntimeError, TypeError):  # not all are tensors, or it takes other arguments in this torch
+        return None
+
+
+class TensorLook:
+    """What a torch tensor on a GPU looks like: all about it but its address."""
+
+    __slots__ = ("_alike", "_device", "_dtype", "_kind", "_shape", "_strides")
+
+    def __init__(self, x: Any) -> None:
+        self._kind, self._dtype, self._device = type(x), x.dtype, x.get_device()
+        self._shape, self._strides = x.shape, x.stride()
+        self._alike = tensors_alike(x)
+
+    def address(self, x: Any) -> int:
+        """The address of a tensor that looks like this, else 0, for `describe` to say what it is."""
+        alike = self._alike
+        try:
+            if alike is not None and alike(x):
+                return x.data_ptr()  # type: ignore[no-any-return]
+            if (
+                type(x) is self._kind
+                and x.shape == self._shape
+                and x.stride() == self._strides
+                and x.dtype is self._dtype
+                and x.is_cuda
+                and x.get_device() == self._device
+            ):
+                self._alike = tensors_alike(x)
+                return x.data_ptr()  # type: ignore[no-any-return]
+        except RuntimeError:  # see _read_torch
+            pass
+        return 0
 
 
 def tensor_look(array: Array) -> TensorLook | None:
     """The look of an array's owner; None when that is no tensor on a GPU."""
-    x, layout = array.owner, array.layout
-    if _readers.get(type(x)) is not _read_torch or not x.is_cuda:
-        return None
-    return type(x), layout.shape, layout.strides, x.dtype, x.get_device()
+    x = array.owner
+    return TensorLook(x) if is_tensor(x) and x.is_cuda else None
 
 
-def tensor_address(x: Any, look: TensorLook | None) -> int:
-    """The address of a tensor that looks like that, else 0, for `describe` to say what it is; a third of its time."""
-    if look is None:
-        return 0
-    kind, shape, strides, dtype, device = look
-    try:
-        if (
-            type(x) is kind
-            and x.shape == shape
-            and x.stride() == strides
-            and x.dtype is dtype
-            and x.is_cuda
-            and x.get_device() == device
-        ):
-            return x.data_ptr()  # type: ignore[no-any-return]
-    except RuntimeError:  # see _read_torch
-        pass
-    return 0
+def is_tensor(x: Any) -> bool:
+    """Whether `x` is of a type that was read before and is torch's."""
+    return _readers.get(type(x)) is _read_torch
 
 
 def empty(layout: Layout, owner: Any, shape: tuple[int, ...], dtype: str) -> Any:
@@ -273,6 +296,15 @@ def _torch_stream() -> Callable[[int], int]:
     torch: Any = sys.modules["torch"]
     private = getattr(torch._C, "_cuda_getCurrentRawStream", None)
     return private or (lambda device: torch.cuda.current_stream(device).cuda_stream)
+
+
+@functools.cache
+def _tensor_guard() -> Any:
+    """torch's class of guards, which is private and may be missing."""
+    try:
+        return sys.modules["torch"]._C._dynamo.guards.TensorGuards
+    except (AttributeError, KeyError):
+        return None
 
 
 def _type_name(kind: type) -> str:

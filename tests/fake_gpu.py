@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from etap_rt import interop
+from etap_rt import arguments, interop
 from etap_rt.interop import Array, Layout
 
 torch: Any = pytest.importorskip("torch")
@@ -66,6 +66,26 @@ class CudaTensor:
         return CudaTensor(self.tensor.new_empty(*arguments, **options))
 
 
+class CudaTensorGuard:
+    """torch's guard over tensors of which all say that they are on CUDA device 0."""
+
+    def __init__(self, *tensors: Any, **layouts: Any) -> None:
+        plain = self._plain(tensors)
+        if plain is None:
+            raise TypeError("not all are tensors on the GPU")
+        self._guard = torch._C._dynamo.guards.TensorGuards(*plain, **layouts)
+
+    def check(self, *tensors: Any) -> bool:
+        plain = self._plain(tensors)
+        return plain is not None and self._guard.check(*plain)
+
+    @staticmethod
+    def _plain(tensors: tuple[Any, ...]) -> list[Any] | None:
+        if not all(type(x) is CudaTensor and x.is_cuda and x.get_device() == 0 for x in tensors):
+            return None
+        return [x.tensor for x in tensors]
+
+
 def pass_tensors_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the test ends, CPU tensors of torch are read as if they were on CUDA device 0, with STREAM current."""
     layouts: dict[Layout, Layout] = {}
@@ -77,4 +97,7 @@ def pass_tensors_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(interop._readers, torch.Tensor, read_as_cuda)
     monkeypatch.setitem(interop._readers, CudaTensor, interop._read_torch)
+    monkeypatch.setattr(interop, "_tensor_guard", lambda: CudaTensorGuard)
+    monkeypatch.setattr(arguments, "_seen", {})
+    monkeypatch.setattr(arguments, "_latest", {})
     monkeypatch.setattr(interop, "current_stream", lambda layout: STREAM)

@@ -135,27 +135,60 @@ def test_what_is_no_array_is_refused_by_name(x: Any) -> None:
         describe(x, "kv_cache[1]")
 
 
-def test_a_tensor_that_looks_as_another_is_told_from_all_that_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "compared"])
+def test_a_tensor_that_looks_as_another_is_told_from_all_that_do_not(
+    monkeypatch: pytest.MonkeyPatch, guarded: bool
+) -> None:
     torch = torch_module()
-    from tests.fake_gpu import CudaTensor
+    from tests.fake_gpu import CudaTensor, CudaTensorGuard
 
+    monkeypatch.setattr(interop, "_tensor_guard", lambda: CudaTensorGuard if guarded else None)
     x = torch.zeros(2, 3, dtype=torch.float16)
     on_gpu = interop.Array(describe(x, "x").layout, x.data_ptr(), CudaTensor(x))
     assert interop.tensor_look(on_gpu) is None, "its type is none of torch's"
     monkeypatch.setitem(interop._readers, CudaTensor, interop._read_torch)
-    look = interop.tensor_look(on_gpu)
     assert interop.tensor_look(describe(x, "x")) is None, "it is on the CPU"
+    look = interop.tensor_look(on_gpu)
+    assert look is not None
 
     other = torch.ones_like(x)
-    assert interop.tensor_address(CudaTensor(other), look) == other.data_ptr()
+    for _ in range(2):
+        assert look.address(CudaTensor(other)) == other.data_ptr()
+        assert look.address(CudaTensor(other.clone().requires_grad_())), "which torch's guard tells apart"
     for y in (x[:1], x[:, :2], torch.zeros(3, 2, dtype=x.dtype).T, x.bfloat16(), x.to_sparse()):
-        assert interop.tensor_address(CudaTensor(y), look) == 0
+        assert look.address(CudaTensor(y)) == 0
     for z in (x, x.numpy(), (CudaTensor(x),), None):
-        assert interop.tensor_address(z, look) == 0
+        assert look.address(z) == 0
     for name, value in (("get_device", lambda self: 1), ("is_cuda", False)):
         with monkeypatch.context() as elsewhere:
             elsewhere.setattr(CudaTensor, name, value)
-            assert interop.tensor_address(CudaTensor(x), look) == 0
+            assert look.address(CudaTensor(x)) == 0
+
+
+def test_tensors_are_alike_if_all_but_their_addresses_is_the_same() -> None:
+    torch = torch_module()
+    x, y = torch.zeros(2, 3, dtype=torch.complex64), torch.zeros(4, dtype=torch.int32)
+    alike = interop.tensors_alike(x, y)
+    assert alike is not None
+    assert alike(x, y) and alike(torch.ones_like(x), y[:4])
+    for other in (x[:1], x[:, :2], torch.zeros(3, 2, dtype=x.dtype).T, x.real, x.conj(), x.to("meta"), x.to_sparse()):
+        assert not alike(other, y)
+    for other in (torch.nn.Parameter(x), x.numpy(), (x,), None, 1):
+        assert not alike(other, y)
+    assert not alike(y, x)
+
+
+def test_where_torch_has_no_guards_nothing_tells_whether_tensors_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = torch_module()
+    x = torch.zeros(2)
+    for others in ((x.numpy(),), (x, None)):
+        assert interop.tensors_alike(*others) is None, "not all are tensors"
+    monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
+    interop._tensor_guard.cache_clear()
+    try:
+        assert interop.tensors_alike(x) is None
+    finally:
+        interop._tensor_guard.cache_clear()
 
 
 def test_sparse_tensors_are_refused() -> None:

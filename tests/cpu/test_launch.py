@@ -98,7 +98,12 @@ def test_a_stream_on_a_part_of_the_sms_gets_a_grid_and_a_kernel_for_that_part(
     assert [dict(spec.defines)["OWN_TILES"] for spec in notes.specs] == [0, 1], "each once"
 
 
-def test_a_call_that_was_seen_before_gets_what_it_would_get_otherwise(notes: DecodeNotes) -> None:
+@pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "compared"])
+def test_a_call_that_was_seen_before_gets_what_it_would_get_otherwise(
+    notes: DecodeNotes, monkeypatch: pytest.MonkeyPatch, guarded: bool
+) -> None:
+    if not guarded:
+        monkeypatch.setattr(interop, "_tensor_guard", lambda: None)
     calls = [arguments(), arguments(offset=8), {**arguments(heads=8), "causal": False, "softmax_scale": 0.5}]
     for call in (*calls, *calls):
         again = on_gpu(call)
@@ -111,6 +116,24 @@ def test_a_call_that_was_seen_before_gets_what_it_would_get_otherwise(notes: Dec
         etap_rt.mla_decode(**again, out=out)
         assert (notes.params[-1].out, notes.params[-1].lse) == (out.data_ptr(), 0)
     assert len(notes.launches) == 24 and len(set(notes.launches)) == 1
+
+
+def test_a_parameter_that_is_used_again_is_what_a_new_one_would_be(
+    notes: DecodeNotes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launch sets only what changed since its latest call."""
+    call, other = on_gpu(arguments()), on_gpu(arguments(offset=1))
+    call["out"], other["out"] = (on_gpu({"out": torch.zeros(2, 1, 16, 512, dtype=torch.bfloat16)})["out"] for _ in "12")
+    calls = [call, call | {"causal": False}, call | {"q": other["q"]}, call | {"softmax_scale": 0.5}]
+    calls += [call | {"out": other["out"]}, other, other | {"causal": False}]
+    for first, second in itertools.permutations(calls, 2):
+        etap_rt.mla_decode(**first)
+        etap_rt.mla_decode(**second)
+        monkeypatch.setattr(decode, "_launches", {})
+        monkeypatch.setattr(decode, "_maps", {})
+        etap_rt.mla_decode(**second)
+        again, new = (bytes(params)[Params.k_latent.offset :] for params in notes.params[-2:])
+        assert again == new
 
 
 @pytest.mark.parametrize(("output", "other"), [("out", "kv_cache"), ("lse", "kv_cache"), ("lse", "out")])
