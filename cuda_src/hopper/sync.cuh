@@ -90,18 +90,19 @@ __device__ __forceinline__ u32 load_acquire(const u32* word) {
 // The compiler branches around what this stands beside, rather than doing it under a predicate.
 __device__ __forceinline__ void keep_branch() { asm volatile("" ::: "memory"); }
 
-// The compiler adds constants to this pointer, rather than making each sum out of what the pointer was made of.
+// The compiler works this pointer out here, and adds constants to it, rather than making each sum out of what it was made of.
 template <typename T>
-__device__ __forceinline__ void keep_pointer(const T*& p) {
+__device__ __forceinline__ void keep_pointer(T*& p) {
     asm volatile("" : "+l"(p));
 }
 
-// Loads that skip L1, for what other CTAs of this launch have written; `otherwise` unless `wanted`.
+// Loads that skip L1, for what other CTAs of this launch have written, in the order in which they stand; `otherwise` unless
+// `wanted`.
 __device__ __forceinline__ float4 load_shared_by_ctas(const float4* p, bool wanted, float4 otherwise) {
     asm volatile(
         "{\n.reg .pred wanted;\n"
         "setp.ne.b32 wanted, %5, 0;\n"
-        "@wanted ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n}\n"
+        "@wanted ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];\n}\n"
         : "+f"(otherwise.x), "+f"(otherwise.y), "+f"(otherwise.z), "+f"(otherwise.w)
         : "l"(p), "r"(int(wanted))
         : "memory");
@@ -112,7 +113,7 @@ __device__ __forceinline__ uint2 load_shared_by_ctas(const uint2* p, bool wanted
     asm volatile(
         "{\n.reg .pred wanted;\n"
         "setp.ne.b32 wanted, %3, 0;\n"
-        "@wanted ld.global.cg.v2.u32 {%0, %1}, [%2];\n}\n"
+        "@wanted ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];\n}\n"
         : "+r"(otherwise.x), "+r"(otherwise.y)
         : "l"(p), "r"(int(wanted))
         : "memory");
@@ -123,7 +124,7 @@ __device__ __forceinline__ float load_shared_by_ctas(const float* p, bool wanted
     asm volatile(
         "{\n.reg .pred wanted;\n"
         "setp.ne.b32 wanted, %2, 0;\n"
-        "@wanted ld.global.cg.f32 %0, [%1];\n}\n"
+        "@wanted ld.relaxed.gpu.global.f32 %0, [%1];\n}\n"
         : "+f"(otherwise)
         : "l"(p), "r"(int(wanted))
         : "memory");
