@@ -223,7 +223,8 @@ def test_what_warpgroups_leave_in_the_ring_is_taken_before_its_chunks_go_back(
     in_order = " ".join(events)
     exchange = re.findall(r"(?: barrier)+((?: left)+) arrive((?: taken)+) fence arrive", in_order)
     columns = constants(spec)["ROWS"] // 8 * 2 + 1  # whose sums a thread reads for a whole result, two fours each
-    assert f" arrive{' taken' * (columns * 2)} both vote both left" in in_order
+    # The arrival in between, if it stands there, is that of a partial result.
+    assert re.search(rf" arrive(?: taken){{{columns * 2}}}(?: arrive)? both vote both left", in_order)
     assert len(exchange) == 1
     of_thread = constants(spec)["LATENT_DIM"] // 2 // CHUNK_DIMS * constants(spec)["ROWS"] // 8  # fours of floats
     assert [items.count(" ") for items in exchange[0]] == [of_thread, of_thread]
