@@ -211,8 +211,9 @@ struct Params {
 };
 
 // Of the unit that starts in a lane: arrivals, departures. Of the lane itself: whether it gave up waiting for the unit that it
-// is to merge.
-constexpr int COUNTER_WORDS = 3;
+// is to merge. A line of L2 for each lane, as many look at a word at once. Measured in one run on an H200, three words each and
+// so: 16 requests of 4K 26.66 and 26.59 us, 32 of 2K 26.72 and 26.62, of 8K 76.26 and 76.13.
+constexpr int COUNTER_WORDS = 32;
 
 __device__ __forceinline__ u32* counter_of(const Params& p, int lane, int row_group) {
     return p.counters + (lane * p.row_groups + row_group) * COUNTER_WORDS;

@@ -16,7 +16,7 @@ from etap_rt.interop import Layout
 from etap_rt.schedule import ROW_TILES
 
 FLOAT_BYTES = 4
-COUNTER_BYTES = 3 * 4  # of a CTA, see mla_decode.cu
+COUNTER_BYTES = 32 * 4  # of a CTA, see mla_decode.cu
 SEGMENTS = 2  # a lane leaves at most two partial results: of the unit it starts in, of the unit it does not finish
 LATENT_DIM = 512  # the larger of the two that are supported
 WARPS = 8  # that compute, each with a scale for its part of a partial result
