@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from etap_rt import compiler, kv_memory, states
+from etap_rt import compiler, kv_memory, states, workspace
 from etap_rt.compiler import Compiled, build_report, compile_spec, compile_specs
 from etap_rt.decode import CHUNK_DIMS, THREADS, Params
 from etap_rt.errors import CompileError
@@ -132,6 +132,14 @@ def test_the_parameter_is_as_large_as_the_hosts(spec: KernelSpec, dump: Callable
     _, _, about = dump(spec, "-elf").partition(f"\n.nv.info.{spec.entry}\n")
     size = PARAMETER_BYTES.search(about)
     assert size and int(size[1], 16) == ctypes.sizeof(PARAMETERS[spec.entry])
+
+
+def test_the_workspace_is_as_large_as_the_kernel_counts_on() -> None:
+    """Of each lane so many counters, each a word, and slots for partial results."""
+    source = (compiler.source_directory() / "mla_decode.cu").read_text()
+    constants = {name: int(value) for name, value in re.findall(r"constexpr int (\w+) = (\d+);", source)}
+    assert constants["COUNTER_WORDS"] * 4 == workspace.COUNTER_BYTES
+    assert constants["LANE_SLOTS"] == workspace.SEGMENTS
 
 
 @pytest.mark.parametrize("spec", DECODE_SPECS, ids=str)
