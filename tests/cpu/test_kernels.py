@@ -45,6 +45,9 @@ EVENTS = {
     "scores": HGMMA.pattern,
     "end": r"WARPGROUP\.DEPBAR",
 }
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d\s+)?(.*?);")
+# What reads or writes global memory. Prefetches do neither.
+GLOBAL_ACCESS = re.compile(r"LDG|STG|ATOMG|REDG|UTMALDG|UTMASTG|UBLKCP")
 EVENT = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in EVENTS.items()))
 PARAMETER_BYTES = re.compile(r"EIATTR_KPARAM_INFO\n.*\n.*Size *: (0x[0-9a-f]+)")
 PARAMETERS: dict[str, type[ctypes.Structure]] = {
@@ -132,6 +135,22 @@ def test_the_parameter_is_as_large_as_the_hosts(spec: KernelSpec, dump: Callable
     _, _, about = dump(spec, "-elf").partition(f"\n.nv.info.{spec.entry}\n")
     size = PARAMETER_BYTES.search(about)
     assert size and int(size[1], 16) == ctypes.sizeof(PARAMETERS[spec.entry])
+
+
+@pytest.mark.parametrize("spec", DECODE_SPECS, ids=str)
+def test_nothing_is_read_or_written_before_the_kernel_before_has_ended(
+    spec: KernelSpec, disassemble: Callable[[KernelSpec], str]
+) -> None:
+    """Both who computes and who loads wait for it: the one behind the beginning, the other where that branches to."""
+    code = [(int(address, 16), what) for address, what in INSTRUCTION.findall(disassemble(spec))]
+    waits = [address for address, what in code if what.startswith("ACQBULK")]
+    assert len(waits) == 2
+    first, second = waits
+    jumps = [int(what.split()[-1], 16) for address, what in code if address < first and what.startswith("BRA 0x")]
+    other = max(target for target in jumps if target <= second)
+    assert other > first, "the beginning of the second role"
+    ahead = [what for address, what in code if address < first or other <= address < second]
+    assert not [what for what in ahead if GLOBAL_ACCESS.match(what)]
 
 
 def test_the_workspace_is_as_large_as_the_kernel_counts_on() -> None:
