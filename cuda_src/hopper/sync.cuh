@@ -90,7 +90,8 @@ __device__ __forceinline__ u32 load_acquire(const u32* word) {
 // The compiler branches around what this stands beside, rather than doing it under a predicate.
 __device__ __forceinline__ void keep_branch() { asm volatile("" ::: "memory"); }
 
-// The compiler works this pointer out here, and adds constants to it, rather than making each sum out of what it was made of.
+// NVRTC works this pointer out once, as early as here, and adds constants to it, rather than making each sum out of what it was
+// made of. ptxas may still put that later.
 template <typename T>
 __device__ __forceinline__ void keep_pointer(T*& p) {
     asm volatile("" : "+l"(p));

@@ -156,9 +156,12 @@ def test_nothing_is_read_or_written_before_the_kernel_before_has_ended(
 def test_the_workspace_is_as_large_as_the_kernel_counts_on() -> None:
     """Of each lane so many counters, each a word, and slots for partial results."""
     source = (compiler.source_directory() / "mla_decode.cu").read_text()
-    constants = {name: int(value) for name, value in re.findall(r"constexpr int (\w+) = (\d+);", source)}
-    assert constants["COUNTER_WORDS"] * 4 == workspace.COUNTER_BYTES
-    assert constants["LANE_SLOTS"] == workspace.SEGMENTS
+    numbers = {name: int(value) for name, value in re.findall(r"constexpr int (\w+) = (\d+);", source)}
+    assert "constexpr int COUNTER_WORDS = LINE_WORDS;" in source
+    assert numbers["LINE_WORDS"] * 4 == workspace.COUNTER_BYTES
+    assert numbers["LANE_SLOTS"] == workspace.SEGMENTS
+    assert "constexpr int CONSUMERS = 2 * WARPGROUP;" in source
+    assert 2 * numbers["WARPGROUP"] // 32 == workspace.WARPS
 
 
 @pytest.mark.parametrize("spec", DECODE_SPECS, ids=str)
