@@ -138,7 +138,7 @@ class DecodePlan:
         self._scale = softmax_scale
         self._causal = causal
         self._look = None if call.problem.split_q else interop.tensor_look(call.q[0])
-        self._accepted = 0  # the latest address that `_accepts` did
+        self._accepted = 0  # the latest address that `_accept` did
         self._launch: Launch | None = None  # the plan's own: the parameter holds all but q and the workspace
         self._reach = reach(call.q[0].layout)  # of packed queries
         outputs = [interop.describe(array, name) for name, array in (("out", out), ("lse", lse)) if array is not None]
@@ -147,7 +147,7 @@ class DecodePlan:
         self.lse = lse
 
     def run(self, q: Any) -> Any:
-        """Decode queries `q`, laid out as the plan's were (shape, strides, dtype, device); returns `out`.
+        """Decode queries `q`, of the plan's library, shape, strides, dtype and device; returns `out`.
 
         The work is ordered on the current stream of q's library. Raises ArgumentError when q is laid out otherwise, or
         shares memory with `out` or `lse`.
@@ -156,14 +156,14 @@ class DecodePlan:
         problem = call.problem
         latent = 0 if self._look is None else self._look.address(q)
         rope = latent + problem.latent_dim * ELEMENT_BYTES
-        if latent == 0 or not (latent == self._accepted or self._accepts(latent)):
+        if latent == 0 or not (latent == self._accepted or self._accept(latent)):
             arrays, latent, rope = arguments.check_queries(call, q, [output for *_, output in self._outputs])
             if problem.device_type == "cpu" or problem.total_q == 0:
                 call = call._replace(q=arrays, q_latent=latent, q_rope=rope)
                 run(call, self.out, self.lse, self._scale, self._causal)
                 return self.out
         stream = interop.current_stream(problem.like)
-        capture, sms = driver.stream_state(problem.device, stream)
+        identity, capture, sms = driver.stream_state(problem.device, stream)
         launch = self._launch
         if launch is None or launch.sms != sms or launch.source != compiler.source_key():
             launch = Launch(problem, sms)
@@ -172,11 +172,11 @@ class DecodePlan:
             self._launch = launch  # only now: other threads may be about to launch it
         with launch.lock:
             launch.replace_queries(latent, rope)
-            launch.start(stream, capture, call.q[0].owner)
+            launch.start(stream, identity, capture, call.q[0].owner)
         return self.out
 
-    def _accepts(self, latent: int) -> bool:
-        """Whether packed queries of the planned look at this address need no closer look.
+    def _accept(self, latent: int) -> bool:
+        """Accept packed queries of the planned look at this address, if they need no closer look; whether they were.
 
         One is needed where they lie among the outputs, perhaps between the rows of one.
         """
@@ -218,11 +218,11 @@ def run_recognised(
     out_at, lse_at = _place(like, out, given_out), _place(like, lse, given_lse)
     places = (cache_at, cache_at + rope, q_at, q_at + rope, out_at, lse_at, table, lengths, 0, 0)
     stream = interop.current_stream(like)
-    capture, sms = driver.stream_state(problem.device, stream)
+    identity, capture, sms = driver.stream_state(problem.device, stream)
     launch = _launch_for(problem, sms)
     with launch.lock:
         launch.fill(places, softmax_scale, causal, lse_form)
-        launch.start(stream, capture, q)
+        launch.start(stream, identity, capture, q)
     return out, lse
 
 
@@ -238,9 +238,9 @@ def run(call: Call, out: Any, lse: Any, softmax_scale: float, causal: bool) -> N
         reference.decode_tiled(call, softmax_scale, causal)
         return
     stream = interop.current_stream(layout)
-    capture, sms = driver.stream_state(problem.device, stream)
+    identity, capture, sms = driver.stream_state(problem.device, stream)
     launch = _launch_for(problem, sms)
-    launch.run(call, *_output_places(call, out, lse), softmax_scale, causal, stream, capture)
+    launch.run(call, *_output_places(call, out, lse), softmax_scale, causal, stream, identity, capture)
 
 
 def _places(call: Call, out: int, lse: int) -> tuple[int, ...]:
@@ -400,18 +400,26 @@ class Launch:
         self.places_in_place: tuple[int, ...] | None = None
         self.queries_in_place: tuple[int, int] | None = None
         self.options_in_place: tuple[float, bool, LseForm, int] | None = None
-        self.workspace_of: int | None = None  # the stream whose workspace it is
+        self.workspace_of: int | None = None  # the identity of the stream whose workspace it is
         strides = [*problem.q_strides, *problem.q_rope_strides]
         self.q_vector_strides = all(stride * ELEMENT_BYTES % VECTOR_BYTES == 0 for stride in strides)
         self.lock = threading.Lock()  # over params, from the first field set to the launch that copies them
 
     def run(
-        self, call: Call, out: int, lse: int, softmax_scale: float, causal: bool, stream: int, capture: int = 0
+        self,
+        call: Call,
+        out: int,
+        lse: int,
+        softmax_scale: float,
+        causal: bool,
+        stream: int,
+        identity: int,
+        capture: int,
     ) -> None:
-        """Launch a call on `stream`, which is part of `capture` if that is not 0; `out` and `lse` are addresses."""
+        """Launch a call on `stream`, of which `driver.stream_state` says this; `out` and `lse` are addresses."""
         with self.lock:
             self.fill(_places(call, out, lse), softmax_scale, causal, call.lse_form, call.page_count)
-            self.start(stream, capture, call.q[0].owner)
+            self.start(stream, identity, capture, call.q[0].owner)
 
     def fill(
         self,
@@ -450,16 +458,16 @@ class Launch:
             self._note_queries(latent, rope)
             self.places_in_place = None
 
-    def start(self, stream: int, capture: int, owner: Any) -> None:
-        """Launch on `stream`, which is part of `capture` if that is not 0, with the lock held.
+    def start(self, stream: int, identity: int, capture: int, owner: Any) -> None:
+        """Launch on `stream`, of which `driver.stream_state` says this, with the lock held.
 
         `owner` is an array of the caller's library on the device.
         """
-        if capture or stream != self.workspace_of:
-            workspace = workspace_for(self.problem.like, owner, self.grid.rows, stream, capture)
+        if capture or identity != self.workspace_of:
+            workspace = workspace_for(self.problem.like, owner, self.grid.rows, identity, capture)
             scratch = workspace.partials, workspace.partial_stats, workspace.counters
             _WORKSPACE.pack_into(self.params, _WORKSPACE_AT, *scratch)
-            self.workspace_of = None if capture else stream  # a graph's memory goes with the graph
+            self.workspace_of = None if capture else identity  # a graph's memory goes with the graph
         self.launch_on(stream)
 
     def _note_queries(self, latent: int, rope: int) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -40,6 +41,7 @@ _CUDA_ERRORS_OF_OLD_DRIVERS = (
     _CUDA_ERROR_UNSUPPORTED_PTX_VERSION,
 )
 _LEGACY_STREAM = 0
+_PER_THREAD_STREAM = 2
 _FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 _DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16
 _DEVICE_RESOURCE_TYPE_SM = 1
@@ -120,10 +122,11 @@ class _Questions:
     To make the arguments anew would take longer than the calls. Answers are of the thread that asks.
     """
 
-    __slots__ = ("capture_status", "green_context", "is_capturing", "which_green_context")
+    __slots__ = ("capture_status", "green_context", "identity", "is_capturing", "which_green_context")
 
     def __init__(self, stream: int) -> None:
         lib, handle = _libcuda(), c_void_p(stream)
+        self.identity = _questions.own_stream.identity if stream == _PER_THREAD_STREAM else stream
         self.capture_status = c_int()
         self.is_capturing = functools.partial(lib.cuStreamIsCapturing, handle, byref(self.capture_status))
         self.green_context = c_void_p()
@@ -138,11 +141,38 @@ class _QuestionsByStream(dict[int, _Questions]):
         return questions
 
 
+class _OwnStream:
+    """The calling thread's own default stream: all threads have one, with the same handle in all of them.
+
+    `identity` tells it apart: no handle, and of no other thread that runs.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self.identity = _identities_left.pop()
+        except IndexError:
+            self.identity = next(_new_identities)
+        self.devices: set[int] = set()
+
+    def __del__(self) -> None:
+        """In the thread, when it ends: the next to have the identity must find nothing of this one's work running."""
+        try:
+            for device in self.devices:
+                with _primary_context(device):
+                    _check(_libcuda().cuStreamSynchronize(c_void_p(_PER_THREAD_STREAM)), "cuStreamSynchronize")
+            _identities_left.append(self.identity)
+        except Exception:  # the stream is being captured, or the process is at its end: nobody gets it then
+            pass
+
+
 class _ThreadsQuestions(threading.local):
     def __init__(self) -> None:
         self.about = _QuestionsByStream()
+        self.own_stream = _OwnStream()
 
 
+_new_identities = itertools.count(-1, -1)
+_identities_left: list[int] = []  # of threads that have ended
 _questions = _ThreadsQuestions()
 
 
@@ -230,18 +260,22 @@ def load_kernel(cubin: bytes, entry: str, device: int) -> Kernel:
     return Kernel(entry, function.value, device)
 
 
-def stream_state(device: int, stream: int) -> tuple[int, int]:
-    """The id of the capture that `stream` is part of, 0 for none, and the multiprocessors that its work may use.
+def stream_state(device: int, stream: int) -> tuple[int, int, int]:
+    """What there is to know of a stream of `device` before a launch on it: (identity, capture, multiprocessors).
 
-    Those are the ones of its green context, without one all of the device. Both are asked anew each time: captures
-    begin and end, a handle may come back with another stream, and that of the default stream, 0, stands for the context
-    that is current.
+    The identity is its handle, or what tells it apart where other streams have the same: 0, the default stream's,
+    stands for the context that is current, and 2 for the calling thread's own default stream. `capture` is the id of
+    the capture that it is part of, 0 for none. The multiprocessors that its work may use are those of its green
+    context, without one all of the device. All is asked anew each time, as captures begin and end, and a handle may
+    come back with another stream.
     """
     if _started_before_fork:
         refuse_fork()
     questions = _questions.about[stream]
-    capture = 0
+    identity, capture = questions.identity, 0
     if stream != _LEGACY_STREAM:  # which CUDA does not let anybody capture
+        if stream == _PER_THREAD_STREAM:
+            _questions.own_stream.devices.add(device)
         status = questions.is_capturing()
         if status:
             _try_again(status, device, questions.is_capturing, "cuStreamIsCapturing", f"stream {stream:#x}")
@@ -253,18 +287,20 @@ def stream_state(device: int, stream: int) -> tuple[int, int]:
         if status:
             _try_again(status, device, ask, "cuStreamGetGreenCtx", f"stream {stream:#x}")
         if questions.green_context:
-            return capture, _green_context_sms(questions.green_context)
-    return capture, sm_count(device)
+            # Each green context has a default stream.
+            identity = identity or questions.green_context.value or 0
+            return identity, capture, _green_context_sms(questions.green_context)
+    return identity, capture, sm_count(device)
 
 
 def capturing(device: int, stream: int) -> int:
     """The id of the capture that `stream` of `device` is part of, 0 when it is not being captured."""
-    return stream_state(device, stream)[0]
+    return stream_state(device, stream)[1]
 
 
 def stream_sm_count(device: int, stream: int) -> int:
     """Multiprocessors that work on `stream` of `device` may use."""
-    return stream_state(device, stream)[1]
+    return stream_state(device, stream)[2]
 
 
 def _capture_id(device: int, stream: int) -> int:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from etap_rt import arguments, decode, driver, interop
-from etap_rt.errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from etap_rt.errors import ArgumentError, UnsupportedError
+from etap_rt.scalars import positive
 
 # Words of a CTA's record, as in mla_decode.cu, and what the kernel writes where nothing happened.
 _WORDS = ("sm", "start", "first_tile", "last_tile", "merge", "end")
@@ -42,20 +43,20 @@ def trace_decode(
     """
     call = arguments.check(q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, None, None, cu_seqlens_q)
     problem, like = call.problem, call.q[0]
-    if type(runs) is not int:
-        raise ArgumentTypeError("runs", repr(runs), "an int")
-    if runs < 1:
-        raise ArgumentError("runs", str(runs), "at least 1")
+    runs = positive(runs, "runs")
+    if problem.total_q == 0:
+        raise ArgumentError("q", "no queries", "at least one, so that there is something to trace")
     if problem.device_type != "cuda":
         raise UnsupportedError("tracing on the CPU", "arrays on a GPU")
     stream = interop.current_stream(like.layout)
-    launch = decode.Launch(problem, driver.stream_sm_count(problem.device, stream), trace=True)
+    identity, capture, sms = driver.stream_state(problem.device, stream)
+    launch = decode.Launch(problem, sms, trace=True)
     words = interop.empty(like.layout, like.owner, (launch.grid.ctas, len(_WORDS)), "int64")
     described = interop.describe(words, "trace")
     launch.params.trace = described.pointer
     out, _ = decode.make_outputs(call, None, None, False)
     for _ in range(runs):
-        launch.run(call, interop.address(like.layout, out), 0, softmax_scale, causal, stream)
+        launch.run(call, interop.address(like.layout, out), 0, softmax_scale, causal, stream, identity, capture)
     record = interop.to_host(described)
     return {"gpu": driver.device_name(problem.device), "clock": "globaltimer ns", "ctas": _ctas(record)}
 

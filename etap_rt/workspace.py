@@ -39,7 +39,7 @@ _workspaces: dict[tuple[int, int, int, int], Workspace] = {}
 
 
 def workspace_for(like: Layout, owner: Any, rows: int, stream: int, capture: int) -> Workspace:
-    """The workspace of a launch on `stream` with `rows` rows a tile.
+    """The workspace of a launch with `rows` rows a tile on the stream of this identity, see `driver.stream_state`.
 
     `owner` is an array of the caller's library on the device, `like` its layout. `capture` is the id of the capture
     that the stream is part of; without one, 0, the workspace is the same every time.

@@ -21,6 +21,7 @@ from etap_rt.errors import EtapError, UnsupportedError
 from etap_rt.kernels import KernelSpec
 
 HANDLE, STREAM, CONTEXT, MODULE = 0x7F00_1234_5678, 0x5500_AABB_CCDD, 0x5611_2233_4455, 0x5622_3344_5566
+PER_THREAD = 2  # CU_STREAM_PER_THREAD of cuda.h
 NOT_INITIALIZED, NO_DEVICE, INVALID_IMAGE, INVALID_CONTEXT, INVALID_HANDLE = 3, 100, 200, 201, 400
 ERROR_NAMES = {
     1: b"CUDA_ERROR_INVALID_VALUE",
@@ -176,6 +177,9 @@ class FakeCuda:
         assert (context, kind) == (CONTEXT, 1)
         c_uint.from_address(resource + 96).value = self.green  # of the 144 bytes of a CUdevResource
 
+    def _cuStreamSynchronize(self, stream: int) -> None:
+        self.log.append(("synchronize", stream, list(self.contexts)))
+
     def _cuMemAlloc(self, address: Any, size: int) -> None:
         self.log.append(("allocate", size, self.capture_mode, list(self.contexts)))
         address[0] = HANDLE
@@ -302,7 +306,7 @@ def test_capturing_tells_captures_apart(cuda: FakeCuda) -> None:
 
 def test_the_legacy_stream_is_not_asked_for_a_capture_that_it_cannot_have(cuda: FakeCuda) -> None:
     cuda.fail["cuStreamIsCapturing"] = [906]  # as while somebody captures a blocking stream
-    assert driver.stream_state(0, 0) == (0, 132)
+    assert driver.stream_state(0, 0) == (0, 0, 132)
     assert cuda.calls("green context") == [(None, [])]
 
 
@@ -373,13 +377,52 @@ def test_what_the_gpu_is(cuda: FakeCuda) -> None:
 
 
 def test_a_stream_of_a_green_context_has_its_sms(cuda: FakeCuda) -> None:
-    assert driver.stream_state(0, STREAM) == (0, 132)
+    assert driver.stream_state(0, STREAM) == (STREAM, 0, 132)
     cuda.green = 32
     cuda.capture = (1, 7)
-    assert driver.stream_state(0, STREAM) == (7, 32)
+    assert driver.stream_state(0, STREAM) == (STREAM, 7, 32)
     cuda.fail["cuStreamGetGreenCtx"] = [INVALID_CONTEXT]  # a thread that made no CUDA call yet
     assert driver.stream_sm_count(0, STREAM) == 32
     assert cuda.calls("green context") == [(STREAM, [])] * 2 + [(STREAM, [CONTEXT])]
+
+
+def test_each_green_context_has_a_default_stream(cuda: FakeCuda) -> None:
+    cuda.green = 32
+    assert driver.stream_state(0, 0) == (CONTEXT, 0, 32)
+
+
+def test_each_thread_has_a_default_stream_of_its_own(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have one handle. A thread takes over the identity of one that has ended, whose work is done by then."""
+    monkeypatch.setattr(driver, "_identities_left", [])
+
+    def identity(device: int = 0) -> int:
+        return driver.stream_state(device, PER_THREAD)[0]
+
+    def identities(threads: int) -> list[tuple[int, int]]:
+        """Of threads that run at the same time, each asked on both devices."""
+        found: list[tuple[int, int]] = []
+        all_asked = threading.Barrier(threads)
+
+        def ask() -> None:
+            found.append((identity(0), identity(3)))
+            all_asked.wait()
+
+        workers = [threading.Thread(target=ask) for _ in range(threads)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        return found
+
+    mine = identity()
+    first = identities(2)
+    assert all(one == other < 0 for one, other in first) and len({mine, *(one for one, _ in first)}) == 3
+    assert identity() == mine
+    assert sorted(cuda.calls("synchronize")) == [(PER_THREAD, [CONTEXT])] * 4  # both threads, on both devices
+    assert identities(1)[0] in first
+    cuda.fail["cuStreamSynchronize"] = [1]  # it is being captured
+    taken = identities(1)[0]
+    assert identities(2).count(taken) == 0
 
 
 def test_a_driver_without_green_contexts_has_all_sms_on_every_stream(cuda: FakeCuda) -> None:

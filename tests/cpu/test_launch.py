@@ -46,7 +46,7 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> Iterator[DecodeNotes]:
     notes = DecodeNotes()
     pass_tensors_for_cuda(monkeypatch)
     monkeypatch.setattr(driver, "sm_count", lambda device: SMS)
-    monkeypatch.setattr(driver, "stream_state", lambda device, stream: (0, SMS))
+    monkeypatch.setattr(driver, "stream_state", lambda device, stream: (stream, 0, SMS))
     monkeypatch.setattr(driver, "allocate_zeroed", lambda device, size: 1 << 30)
     monkeypatch.setattr(driver, "encode_tensor_map", notes.encode)
     monkeypatch.setattr(decode.compiler, "load", notes.load)
@@ -91,7 +91,7 @@ def test_a_stream_on_a_part_of_the_sms_gets_a_grid_and_a_kernel_for_that_part(
 ) -> None:
     call = arguments()
     for sms in (SMS, 32, SMS):
-        monkeypatch.setattr(driver, "stream_state", lambda device, stream, sms=sms: (0, sms))
+        monkeypatch.setattr(driver, "stream_state", lambda device, stream, sms=sms: (stream, 0, sms))
         etap_rt.mla_decode(**call)
     assert [grid for grid, *_ in notes.launches] == [SMS, 32, SMS]
     assert [params.lanes for params in notes.params] == [SMS, 32, SMS]
@@ -338,7 +338,7 @@ def test_a_log_sum_exp_is_natural(notes: DecodeNotes) -> None:
 
 @pytest.mark.parametrize("capture", [0, 7])
 def test_launches_may_overlap_the_one_before(notes: DecodeNotes, monkeypatch: pytest.MonkeyPatch, capture: int) -> None:
-    monkeypatch.setattr(driver, "stream_state", lambda device, stream: (capture, SMS))
+    monkeypatch.setattr(driver, "stream_state", lambda device, stream: (stream, capture, SMS))
     monkeypatch.setattr(interop, "empty", lambda layout, owner, shape, dtype: torch.empty(shape, dtype=torch.uint8))
     call = arguments()
     etap_rt.mla_decode(**call, out=torch.empty(2, 1, 16, 512, dtype=torch.bfloat16))
@@ -359,7 +359,7 @@ def test_a_stream_that_begins_to_be_captured_gets_a_workspace_of_the_graph(
 
     monkeypatch.setattr(interop, "empty", empty)
     for capture in (0, 0, 7, 7, 8, 0):
-        monkeypatch.setattr(driver, "stream_state", lambda device, stream, capture=capture: (capture, SMS))
+        monkeypatch.setattr(driver, "stream_state", lambda device, stream, capture=capture: (stream, capture, SMS))
         if planned:
             plan.run(call["q"])
         else:
@@ -387,6 +387,25 @@ def test_streams_that_take_turns_keep_their_own_workspaces(
     first, second, third, fourth = ((params.partial_stats, params.counters) for params in notes.params)
     assert first == fourth and second == third and len({*first, *second}) == 4
     assert [stream for *_, stream in notes.launches] == [1, 2, 2, 1]
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_streams_of_one_handle_keep_their_own_workspaces(
+    notes: DecodeNotes, monkeypatch: pytest.MonkeyPatch, planned: bool
+) -> None:
+    addresses = itertools.count(1 << 30, 1 << 20)
+    monkeypatch.setattr(driver, "allocate_zeroed", lambda device, size: next(addresses))
+    call = on_gpu(arguments())
+    plan = etap_rt.plan_decode(**call)
+    for identity in (-1, -2, -2, -1):
+        monkeypatch.setattr(driver, "stream_state", lambda device, stream, identity=identity: (identity, 0, SMS))
+        if planned:
+            plan.run(call["q"])
+        else:
+            etap_rt.mla_decode(**call)
+    first, second, third, fourth = ((params.partial_stats, params.counters) for params in notes.params)
+    assert first == fourth and second == third and len({*first, *second}) == 4
+    assert [stream for *_, stream in notes.launches] == [STREAM] * 4
 
 
 @pytest.mark.parametrize("planned", [False, True])
@@ -475,7 +494,7 @@ def test_a_plan_launches_a_grid_for_the_sms_of_its_stream(notes: DecodeNotes, mo
     call = arguments()
     plan = etap_rt.plan_decode(**call)
     for sms in (SMS, 32, 32, SMS):
-        monkeypatch.setattr(driver, "stream_state", lambda device, stream, sms=sms: (0, sms))
+        monkeypatch.setattr(driver, "stream_state", lambda device, stream, sms=sms: (stream, 0, sms))
         plan.run(call["q"])
     assert [grid for grid, *_ in notes.launches] == [SMS, 32, 32, SMS]
 
@@ -488,7 +507,7 @@ def test_a_captured_run_of_a_plan_leaves_nothing_of_its_workspace_to_the_next(
     memory = torch.zeros(1, dtype=torch.uint8)
     monkeypatch.setattr(interop, "empty", lambda layout, owner, shape, dtype: memory)
     captures = iter((0, 7, 0, 0))
-    monkeypatch.setattr(driver, "stream_state", lambda device, stream: (next(captures), SMS))
+    monkeypatch.setattr(driver, "stream_state", lambda device, stream: (stream, next(captures), SMS))
     for _ in range(4):
         plan.run(call["q"])
     eager, captured, *others = [params.partial_stats for params in notes.params]
@@ -518,7 +537,7 @@ def test_a_plan_on_the_cpu_computes_what_a_call_computes() -> None:
 def test_a_plan_refuses_queries_of_another_layout(notes: DecodeNotes, other: Any) -> None:
     call = arguments()
     plan = etap_rt.plan_decode(**call)
-    with pytest.raises(etap_rt.ArgumentError, match=r"^q(\[0\])?: got .*planned"):
+    with pytest.raises(etap_rt.ArgumentError, match=r"^q(\[0\])?: got (shape|dtype|strides|2 arrays).*planned"):
         plan.run(other(call["q"]))
     with pytest.raises(etap_rt.ArgumentError, match=r"^q(\[0\])?: got .*planned"):
         q = other(call["q"])

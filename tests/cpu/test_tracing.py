@@ -31,9 +31,9 @@ def test_arrays_on_the_cpu_are_refused() -> None:
 @pytest.mark.parametrize(
     ("runs", "error", "message"),
     [
-        (0, etap_rt.ArgumentError, "runs: got 0, accepted is at least 1"),
-        ("2", etap_rt.ArgumentTypeError, "runs: got '2', accepted is an int"),
-        (True, etap_rt.ArgumentTypeError, "runs: got True, accepted is an int"),
+        (0, etap_rt.ArgumentError, "runs: got 0, accepted is 1 or more"),
+        ("2", etap_rt.ArgumentTypeError, "runs: got '2', accepted is an integer"),
+        (True, etap_rt.ArgumentTypeError, "runs: got True, accepted is an integer"),
     ],
 )
 def test_runs_that_cannot_be_counted_are_refused(runs: Any, error: type[Exception], message: str) -> None:
@@ -42,6 +42,16 @@ def test_runs_that_cannot_be_counted_are_refused(runs: Any, error: type[Exceptio
     with pytest.raises(error) as caught:
         etap_rt.trace_decode(q, cache, table, lengths, softmax_scale=0.1, runs=runs)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_without_queries_there_is_nothing_to_trace(ragged: bool) -> None:
+    q = np.zeros((0, 16, 576) if ragged else (0, 1, 16, 576), np.float16)
+    starts = np.zeros(2, np.int32) if ragged else None
+    table, lengths = np.zeros((int(ragged), 1), np.int32), np.ones(int(ragged), np.int32)
+    cache = np.zeros((1, 64, 576), np.float16)
+    with pytest.raises(etap_rt.ArgumentError, match="^q: got no queries"):
+        etap_rt.trace_decode(q, cache, table, lengths, softmax_scale=0.1, cu_seqlens_q=starts, runs=np.int64(2))
 
 
 def test_the_kernel_that_traces_is_another_one_and_spills_nothing() -> None:

@@ -255,6 +255,34 @@ def test_two_threads_decode_new_and_old_shapes() -> None:
             assert_same_bits(result, expected[i % len(calls)], f"call {i}")
 
 
+def test_threads_decode_on_default_streams_of_their_own() -> None:
+    """All have the same handle, so they may not share what belongs to a stream."""
+    import cupy
+
+    calls = [problem([9000 + 64 * i] * 4, seed=i, dtype=torch.float16) for i in range(4)]
+    expected = [mla_decode(**call, return_lse=True) for call in calls]
+    torch.cuda.synchronize()
+    results: dict[int, list[tuple[Any, Any]]] = {}
+    start = threading.Barrier(len(calls))
+
+    def work(index: int) -> None:
+        arrays = {name: cupy.asarray(x) if isinstance(x, torch.Tensor) else x for name, x in calls[index].items()}
+        with cupy.cuda.Stream.ptds:
+            start.wait()
+            own = [mla_decode(**arrays, return_lse=True) for _ in range(200)]
+            cupy.cuda.Stream.ptds.synchronize()
+            results[index] = [(torch.as_tensor(out), torch.as_tensor(lse)) for out, lse in own]
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, same in enumerate(expected):
+        for i, result in enumerate(results[index]):
+            assert_same_bits(result, same, f"call {i} of thread {index}")
+
+
 def test_a_graph_is_replayed_ten_thousand_times(record_property: Record) -> None:
     """Each replay moves on: lengths change on the GPU within the graph, as they do while a model decodes."""
     call = problem([900, 1, 64, 500], 16, 1)
