@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from etap_rt.errors import ArgumentError, ArgumentTypeError, SequenceError, UnsupportedError
-from etap_rt.interop import Array, Layout, as_numpy, describe, numpy_dtype, remember
+from etap_rt.interop import Array, Layout, as_numpy, describe, numpy_dtype, remember, writeable
 from etap_rt.kernels import ELEMENT_TYPES, ElementType
 from etap_rt.kv_memory import CHUNK_BYTES, ELEMENT_BYTES, THREADS, DeviceMemory, Geometry, HostMemory
 from etap_rt.kv_pages import IntArray, PagePool, Reservation, Sequence
@@ -66,10 +66,14 @@ class PagedKVCache:
     Sequences are integers that are never used twice. A fork shares its parent's pages; a shared page that is not
     full is copied before one of its owners writes into it.
 
-    On a GPU everything is ordered on the caller's current stream, and nothing waits for the GPU but `export` and
-    `import_`. `write` can be captured in a CUDA graph; `reserve` and `batch` change the host's books, so call them
-    before each replay: `batch` fills buffers that never move, `reserve` fills the array that `out` gives it.
-    One thread at a time.
+    On a GPU everything is ordered on the caller's current stream: `reserve` and `batch` follow that of the cache's
+    library, `write` that of latent's. `export` and `import_` wait for the GPU. `reserve`, `batch`, and `write` with
+    slots on the host upload through eight pinned buffers that take turns, and wait if the GPU still needs the one
+    whose turn it is. A step of `reserve` and `batch` uses two or three, so the host may run ahead by two steps.
+    Nothing else waits.
+
+    `write` can be captured in a CUDA graph; `reserve` and `batch` change the host's books, so call them before each
+    replay: `batch` fills buffers that never move, `reserve` fills the array that `out` gives it. One thread at a time.
 
     Args:
         num_pages: pages of the pool, shared by all sequences; num_pages * page_size is below 2**31.
@@ -220,7 +224,7 @@ class PagedKVCache:
         tokens = _counts(counts, len(found))
         if len(set(map(id, found))) < len(found):
             raise ArgumentError("sequences", "one of them twice", "each sequence once")
-        self._memory.refuse_capture("reserve")
+        self._memory.make_ready("reserve")
         total = sum(tokens)
         if total > self._geometry.num_slots:
             self._pool.reserve(found, tokens)  # says what does not fit, before an array of that size is made
@@ -237,7 +241,7 @@ class PagedKVCache:
             values = np.full(slots.layout.shape, -1, np.int32)
             values[:total] = reservation.slots
         self._memory.begin_step(slots, values, reservation.copies)
-        return slots.owner
+        return slots.owner if out is None else out
 
     def write(self, layer: int, slots: Any, latent: Any, rope: Any) -> None:
         """Write the rows of n tokens into their slots of one layer.
@@ -262,8 +266,6 @@ class PagedKVCache:
             _check_alignment(rope_rows, "rope")
         if target.layout.device_type == "cpu":
             self._check_slots(as_numpy(target))
-            if self._layout.device_type == "cuda":
-                self._memory.refuse_capture("write with slots on the host")
         self._check_apart(layer, latent_rows, "latent")
         self._check_apart(layer, rope_rows, "rope")
         self._check_fresh(slots)
@@ -286,7 +288,7 @@ class PagedKVCache:
         if not len(found) <= rows <= self.max_batch:
             name, least = ("sequences", 0) if rows == len(found) else ("rows", len(found))
             raise ArgumentError(name, str(rows), f"{least} ... {self.max_batch} (max_batch)")
-        self._memory.refuse_capture("batch")
+        self._memory.make_ready("batch")
         lengths = np.zeros(self.max_batch, np.int32)
         lengths[: len(found)] = [s.length for s in found]
         self._memory.update_batch(lengths, self._changed_entries(found))
@@ -311,7 +313,7 @@ class PagedKVCache:
         cannot be written.
         """
         found = self._find(sequence)
-        self._memory.refuse_capture("export")
+        self._memory.make_ready("export")
         g = self._geometry
         shapes = [(g.num_layers, found.length, dim) for dim in (g.latent_dim, g.rope_dim)]
         tokens = SequenceTokens(*self._memory.new_host_arrays(*shapes))
@@ -332,9 +334,12 @@ class PagedKVCache:
         """
         pair = _read_file(source) if isinstance(source, (str, os.PathLike)) else source
         latent, rope = self._check_tokens(pair)
-        self._memory.refuse_capture("import_")
+        self._memory.make_ready("import_")
         imported = Sequence(0, array("i"))
-        self._pool.reserve([imported], [latent.shape[1]])
+        try:
+            self._pool.reserve([imported], [latent.shape[1]])
+        except ArgumentError as error:  # of counts, which the caller did not give
+            raise ArgumentError("source", f"{error.given} tokens", error.accepted) from None
         try:
             if imported.length:
                 self._memory.load(np.array(imported.pages, np.int32), latent, rope)
@@ -428,7 +433,7 @@ class PagedKVCache:
     def _check_out(self, out: Any, tokens: int) -> Array:
         slots = describe(out, "out")
         self._check_slots_layout(slots.layout, "out", [self._layout.device_type])
-        if slots.layout.library in ("numpy", "dlpack") and not slots.owner.flags.writeable:
+        if not writeable(slots):
             raise ArgumentError("out", "a read-only array", "one that can be written")
         if slots.layout.shape[0] < tokens:
             raise ArgumentError("out", f"{slots.layout.shape[0]} elements", f"at least {tokens}, one for each token")

@@ -1,7 +1,7 @@
 """Where the tokens of a paged KV cache lie: arrays on the CPU or on a GPU, and what is done to them there.
 
 Both kinds do the same: HostMemory in NumPy at once, DeviceMemory with the kernels of kv_write.cu on the current
-stream of the arrays' library. Nothing is checked here.
+stream of the arrays' library. Arguments are checked by the caller.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 
 from etap_rt import compiler, driver
 from etap_rt.errors import UnsupportedError
-from etap_rt.interop import Array, as_numpy, current_stream, describe, empty, numpy_dtype
-from etap_rt.kernels import ElementType, batch_update_spec, kv_write_spec, page_copy_spec
+from etap_rt.interop import Array, as_numpy, current_stream, describe, empty, import_cupy, numpy_dtype
+from etap_rt.kernels import ElementType, KernelSpec, batch_update_spec, kv_write_spec, page_copy_spec
 from etap_rt.kv_pages import IntArray
 
 ELEMENT_BYTES = 2
@@ -28,6 +28,7 @@ PASSES = 4
 STAGING_BUFFERS = 8  # a step uses two or three, so the host may run ahead of the GPU by two steps
 STAGING_BYTES = 1 << 14  # of a buffer at first
 TRANSFER_BYTES = 64 << 20  # pinned memory for export and import, if a page of all layers fits in
+WRITE, COPY, UPDATE = kv_write_spec(), page_copy_spec(), batch_update_spec()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +109,8 @@ class HostMemory(_Arrays):
         as_numpy(self._table)[...] = 0
         as_numpy(self._lengths)[...] = 0
 
-    def refuse_capture(self, what: str) -> None:
-        """Nothing is ever captured on the CPU."""
+    def make_ready(self, what: str) -> None:
+        """Nothing is captured or compiled on the CPU."""
 
     def begin_step(self, slots: Array, values: IntArray, copies: IntArray) -> None:
         """Copy pages, given as (n, 3) of (from page, to page, tokens), in all layers; bring `values` into `slots`."""
@@ -154,31 +155,31 @@ class HostMemory(_Arrays):
 class DeviceMemory(_Arrays):
     """Arrays of CuPy or torch on a GPU.
 
-    Everything small goes over through pinned staging buffers, on the current stream of the arrays' library.
+    Everything small goes over through pinned staging buffers, on the stream of the work that reads it.
     """
 
     def __init__(self, geometry: Geometry, library: str, device: str) -> None:
         driver.refuse_fork()
-        compiler.require_hopper(int(device.partition(":")[2] or 0))  # before the pool is allocated
-        import cupy
-
-        super().__init__(geometry, library, device)
-        index = self.pool.layout.device
+        index = _device_index(library, device)
+        compiler.require_hopper(index)  # before the pool is allocated
+        cupy = import_cupy()
+        super().__init__(geometry, library, f"cuda:{index}")
         self._runtime = cupy.cuda.runtime
         self._device = cupy.cuda.Device(index)
         self._pool_side = _Side(self.pool.pointer, geometry.layer_bytes)
-        self._write = compiler.load(kv_write_spec(), index)
-        self._copy = compiler.load(page_copy_spec(), index)
-        self._update = compiler.load(batch_update_spec(), index)
+        self._load_kernels()  # now, so that no step waits for the compiler
         with self._device:
             self._staging = _Staging()
             for x in (self._table, self._lengths):
                 self._runtime.memsetAsync(x.pointer, 0, 4 * math.prod(x.layout.shape), self._stream())
 
-    def refuse_capture(self, what: str) -> None:
-        """Raise UnsupportedError while the current stream is being captured: `what` depends on the host's state."""
-        if driver.capturing(self._device.id, self._stream()):
-            raise UnsupportedError(f"{what} while the stream is captured", "calling it before capture and replay")
+    def make_ready(self, what: str) -> None:
+        """Raise, before the host's state changes, what would keep the GPU from following it in `what`.
+
+        UnsupportedError while the current stream is being captured, CompileError for sources of `kernel_sources`.
+        """
+        self._refuse_capture(what, self._stream())
+        self._load_kernels()
 
     def begin_step(self, slots: Array, values: IntArray, copies: IntArray) -> None:
         """Copy pages, given as (n, 3) of (from page, to page, tokens), in all layers; bring `values` into `slots`."""
@@ -195,12 +196,13 @@ class DeviceMemory(_Arrays):
             words[lengths.size :] = entries.reshape(-1)
             params = _UpdateParams(address, self._lengths.pointer, self._table.pointer, len(lengths), len(entries))
             blocks = -(-(len(lengths) + len(entries)) // THREADS)
-            self._update.launch(blocks, THREADS, 0, stream, ctypes.addressof(params))
+            self._kernel(UPDATE).launch(blocks, THREADS, 0, stream, ctypes.addressof(params))
 
     def write(self, layer: int, slots: Array, latent: Array, rope: Array) -> None:
         """Bring rows of latent (n, latent_dim) and rope (n, rope_dim) into `slots` (n,) of a layer.
 
-        Runs on the current stream of latent's library, and can be captured unless `slots` are on the host.
+        Runs on the current stream of latent's library. While that is captured, `slots` on the host raise
+        UnsupportedError.
         """
         g = self.geometry
         tokens = latent.layout.shape[0]
@@ -210,6 +212,7 @@ class DeviceMemory(_Arrays):
         stream = current_stream(latent.layout)
         with self._device:
             if slots.layout.device_type == "cpu":
+                self._refuse_capture("write with slots on the host", stream)
                 on_device = empty(latent.layout, latent.owner, slots.layout.shape, slots.layout.dtype)
                 values, slots = as_numpy(slots), describe(on_device, "slots")
                 self._upload(slots, values, stream)
@@ -231,7 +234,7 @@ class DeviceMemory(_Arrays):
             )
             rows = THREADS // g.row_chunks
             blocks = -(-tokens // (rows * PASSES))
-            self._write.launch(blocks, rows * g.row_chunks, 0, stream, ctypes.addressof(params))
+            self._kernel(WRITE).launch(blocks, rows * g.row_chunks, 0, stream, ctypes.addressof(params))
 
     def read(self, pages: IntArray, latent: Any, rope: Any) -> None:
         """Copy a sequence's tokens, all layers, into NumPy arrays (num_layers, n, dims). Synchronizes."""
@@ -257,6 +260,18 @@ class DeviceMemory(_Arrays):
 
     def _stream(self) -> int:
         return current_stream(self.pool.layout)
+
+    def _refuse_capture(self, what: str, stream: int) -> None:
+        if driver.capturing(self._device.id, stream):
+            raise UnsupportedError(f"{what} while the stream is captured", "calling it before capture and replay")
+
+    def _kernel(self, spec: KernelSpec) -> driver.Kernel:
+        """Looked up for each launch, because `kernel_sources` may have been entered or left since the one before."""
+        return compiler.load(spec, self._device.id)
+
+    def _load_kernels(self) -> None:
+        for spec in (WRITE, COPY, UPDATE):
+            self._kernel(spec)
 
     def _upload(self, target: Array, values: np.ndarray[Any, Any], stream: int) -> None:
         """Copy integers to a contiguous int32 or int64 array."""
@@ -284,7 +299,7 @@ class DeviceMemory(_Arrays):
                 g.num_layers,
                 g.row_chunks,
             )
-            self._copy.launch(len(copies) * g.num_layers, THREADS, 0, stream, ctypes.addressof(params))
+            self._kernel(COPY).launch(len(copies) * g.num_layers, THREADS, 0, stream, ctypes.addressof(params))
 
     def _parts(self, pages: IntArray, tokens: int) -> Iterator[_Part]:
         """A sequence in parts that fit into a pinned buffer, each in the same one."""
@@ -323,8 +338,7 @@ class _Staging:
     """Pinned buffers that take turns. One is filled again only when the GPU is past its last reader."""
 
     def __init__(self) -> None:
-        import cupy
-
+        cupy = import_cupy()
         self._runtime = cupy.cuda.runtime
         self._events = [cupy.cuda.Event(disable_timing=True) for _ in range(STAGING_BUFFERS)]
         self._buffers = [_pinned(STAGING_BYTES) for _ in range(STAGING_BUFFERS)]
@@ -388,24 +402,34 @@ class _UpdateParams(ctypes.Structure):
     ]
 
 
+def _device_index(library: str, device: str) -> int:
+    """The index in "cuda:1"; for "cuda", that of the GPU on which the library allocates now."""
+    index = device.partition(":")[2]
+    if index:
+        return int(index)
+    driver.device_count()  # raises UnsupportedError without a GPU, before a library raises something of its own
+    if library == "torch":
+        import torch
+
+        return int(torch.cuda.current_device())
+    return int(import_cupy().cuda.runtime.getDevice())
+
+
 def _new_array(library: str, device: str, shape: tuple[int, ...], dtype: str) -> Any:
+    """An uninitialised array; `device` is "cpu" or has an index, such as "cuda:0"."""
     if library == "torch":
         import torch
 
         return torch.empty(shape, dtype=getattr(torch, dtype), device=device)
     if device == "cpu":
         return np.empty(shape, numpy_dtype(dtype))
-    import cupy
-
-    index = device.partition(":")[2]
-    with cupy.cuda.Device(int(index) if index else None):
+    cupy = import_cupy()
+    with cupy.cuda.Device(int(device.partition(":")[2])):
         return cupy.empty(shape, numpy_dtype(dtype))
 
 
 def _pinned(size: int) -> Any:
-    import cupy
-
-    return cupy.cuda.alloc_pinned_memory(size)
+    return import_cupy().cuda.alloc_pinned_memory(size)
 
 
 def _row_bytes(x: Array) -> int:
