@@ -15,7 +15,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 from etap_rt.errors import ArgumentError, ArgumentTypeError
-from etap_rt.interop import Array, Layout, describe, is_tensor, remember, tensor_signature, tensors_alike, to_host
+from etap_rt.interop import (
+    Array,
+    Layout,
+    describe,
+    is_tensor,
+    remember,
+    tensor_signature,
+    tensors_alike,
+    to_host,
+    writeable,
+)
 from etap_rt.kernels import DIMS, ELEMENT_TYPES, ElementType
 from etap_rt.overlap import overlap, reach, span
 from etap_rt.scalars import check_flag
@@ -255,9 +265,9 @@ def check(
         or (table.pointer | lengths.pointer | call.cu_seqlens_q | page_indptr) % 4
     ):
         _refuse_alignment(call)
-    if out_array is not None and (out_array.pointer % OUT_ALIGNMENT or not _writeable(out_array)):
+    if out_array is not None and (out_array.pointer % OUT_ALIGNMENT or not writeable(out_array)):
         _refuse_output("out", out_array, OUT_ALIGNMENT)
-    if lse_array is not None and (lse_array.pointer % 4 or not _writeable(lse_array)):
+    if lse_array is not None and (lse_array.pointer % 4 or not writeable(lse_array)):
         _refuse_output("lse", lse_array, 4)
     if out_array is not None or lse_array is not None:
         inputs = *q_arrays, *cache_arrays, table, lengths, *(x for x in (starts, indptr) if x is not None)
@@ -324,15 +334,18 @@ def _with_outputs(signature: Any, out: Array | None, lse: Array | None) -> Any:
 def check_queries(call: Call, q: Any, outputs: Sequence[Array]) -> tuple[tuple[Array, ...], int, int]:
     """Other queries for a validated call: their arrays, and the addresses of the latent and the rope part.
 
-    Raises ArgumentError when they are not laid out as the call's, or share memory with one of `outputs`.
+    Raises ArgumentError when they are not laid out as the call's, are of another library or share memory with one of
+    `outputs`.
     """
     arrays = _describe_parts(q, "q")
     if len(arrays) != len(call.q):
         raise ArgumentError("q", f"{len(arrays)} arrays", f"{len(call.q)}, as when the call was planned")
     if arrays[0].layout is not call.q[0].layout or arrays[-1].layout is not call.q[-1].layout:
         for array, planned, name in zip(arrays, call.q, _part_names("q", arrays)):
-            if _fields(array.layout) != _fields(planned.layout):
-                raise ArgumentError(name, str(array.layout), f"{planned.layout}, as when the call was planned")
+            for field in dataclasses.fields(Layout):
+                given, wanted = getattr(array.layout, field.name), getattr(planned.layout, field.name)
+                if given != wanted:
+                    raise ArgumentError(name, f"{field.name} {given}", f"{wanted}, as when the call was planned")
     latent, rope = arrays[0].pointer, arrays[-1].pointer
     if (latent | rope) % ELEMENT_BYTES:
         _refuse_alignment(call._replace(q=arrays))
@@ -340,10 +353,6 @@ def check_queries(call: Call, q: Any, outputs: Sequence[Array]) -> tuple[tuple[A
         if any(overlap(output, array) for output in outputs):
             raise ArgumentError(name, "memory of an output", "memory apart from those of the plan")
     return arrays, latent, rope if call.problem.split_q else rope + call.problem.latent_dim * ELEMENT_BYTES
-
-
-def _fields(layout: Layout) -> tuple[Any, ...]:
-    return dataclasses.astuple(layout)
 
 
 def check_inputs(
@@ -503,8 +512,7 @@ def _check_layouts(
         _check_output_shape(lse, "lse", lse_shape)
         lse_strides = (0, *lse.strides) if ragged else lse.strides
 
-    # One page has no stride of its own; whatever was given, it gets one that the copy engine accepts.
-    cache_strides = [c.strides[:2] if num_pages > 1 else (page_size * c.strides[1], c.strides[1]) for c in cache]
+    cache_strides = [_cache_strides(c) for c in cache]
     return Problem(
         element=q[0].dtype,  # type: ignore[arg-type]  # one of ELEMENT_TYPES: _check_q saw to it
         batch=batch,
@@ -677,15 +685,18 @@ def _token_strides(layout: Layout, ragged: bool) -> tuple[int, int, int]:
     return _three((0, *layout.strides) if ragged else layout.strides)
 
 
+def _cache_strides(layout: Layout) -> tuple[int, int]:
+    """Strides of (page, token). What there is one of gets one that the copy engine accepts, whatever was given."""
+    num_pages, page_size = layout.shape[:2]
+    token = layout.strides[1] if page_size > 1 else layout.shape[-1]
+    return layout.strides[0] if num_pages > 1 else page_size * token, token
+
+
 def _three(strides: tuple[int, ...]) -> tuple[int, int, int]:
     return strides[0], strides[1], strides[2]
 
 
 # ---- Addresses ----
-
-
-def _writeable(array: Array) -> bool:
-    return array.layout.device_type != "cpu" or array.layout.library == "torch" or bool(array.owner.flags.writeable)
 
 
 def _refuse_alignment(call: Call) -> NoReturn:

@@ -33,6 +33,7 @@ from etap_rt.disk_cache import cache_entries as cache_entries
 from etap_rt.disk_cache import cache_problem as cache_problem
 from etap_rt.disk_cache import clear_cache as clear_cache
 from etap_rt.errors import ArgumentError, ArgumentTypeError, CompileError, EtapError, UnsupportedError
+from etap_rt.interop import CUPY_WANTED
 from etap_rt.kernels import KernelSpec
 
 if TYPE_CHECKING:
@@ -242,17 +243,16 @@ def nvrtc_version() -> tuple[int, int]:
 
 def _nvrtc() -> Any:
     """CuPy's binding of NVRTC."""
-    needed = "CuPy and NVRTC, from pip install 'etap-rt[cuda13]' or 'etap-rt[cuda12]'"
     try:
         with _opening_nvrtc:  # two threads that do this at once can leave CuPy without a part of NVRTC
             from cupy.cuda import nvrtc
 
             version = nvrtc.getVersion()
     except (ImportError, OSError, RuntimeError) as error:
-        raise UnsupportedError(f"kernels cannot be compiled here ({error})", needed) from error
+        raise UnsupportedError(f"kernels cannot be compiled here ({error})", CUPY_WANTED) from error
     if version < OLDEST_NVRTC:
         raise UnsupportedError(
-            f"NVRTC {'.'.join(map(str, version))} cannot compile the kernels", f"NVRTC 12.3 or newer: {needed}"
+            f"NVRTC {'.'.join(map(str, version))} cannot compile the kernels", f"NVRTC 12.3 or newer: {CUPY_WANTED}"
         )
     return nvrtc
 

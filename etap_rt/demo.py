@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from etap_rt import compiler, driver
+from etap_rt import compiler, driver, interop
 from etap_rt.decode import mla_decode
 from etap_rt.errors import UnsupportedError
 from etap_rt.interop import describe, to_host
@@ -186,9 +186,7 @@ def to_device(array: NDArray[Any], library: Library) -> Any:
         import torch
 
         return torch.from_numpy(array.view(np.int16)).cuda().view(torch.bfloat16)
-    import cupy
-
-    return cupy.asarray(array)
+    return interop.import_cupy().asarray(array)
 
 
 def compare(problem: Problem, out: Any, lse: Any) -> Accuracy:

@@ -17,10 +17,11 @@ import ml_dtypes
 import numpy as np
 
 from etap_rt import driver
-from etap_rt.errors import ArgumentError, ArgumentTypeError
+from etap_rt.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 
 MAX_REMEMBERED = 4096  # entries of a cache that is keyed by layouts; it is emptied when full
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+CUPY_WANTED = "CuPy and NVRTC, from pip install 'etap-rt[cuda13]' or 'etap-rt[cuda12]'"
 
 # DLPack's device types; managed memory is as good as the GPU's, pinned memory as good as the CPU's.
 _DLPACK_DEVICES = {1: "cpu", 2: "cuda", 3: "cpu", 13: "cuda"}
@@ -175,8 +176,7 @@ def empty(layout: Layout, owner: Any, shape: tuple[int, ...], dtype: str) -> Any
         return owner.new_empty(*shape, dtype=getattr(sys.modules["torch"], dtype))
     if layout.device_type == "cpu":
         return np.empty(shape, numpy_dtype(dtype))
-    import cupy
-
+    cupy = import_cupy()
     with cupy.cuda.Device(layout.device):
         return cupy.empty(shape, numpy_dtype(dtype))
 
@@ -190,9 +190,7 @@ def current_stream(layout: Layout) -> int:
     """The CUstream that the library of an array works on now, on the array's device."""
     if layout.library == "torch":
         return _torch_stream()(layout.device)
-    import cupy
-
-    return int(cupy.cuda.get_current_stream(layout.device).ptr)
+    return int(import_cupy().cuda.get_current_stream(layout.device).ptr)
 
 
 def as_numpy(array: Array) -> np.ndarray[Any, Any]:
@@ -218,6 +216,20 @@ def to_host(array: Array) -> np.ndarray[Any, Any]:
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
     """The NumPy dtype of a Layout's dtype."""
     return BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
+
+
+def writeable(array: Array) -> bool:
+    """Whether an array may be written to; those of NumPy, and what it made of DLPack on the CPU, may be read-only."""
+    return array.layout.device_type != "cpu" or array.layout.library == "torch" or bool(array.owner.flags.writeable)
+
+
+def import_cupy() -> Any:
+    """CuPy, which only work on a GPU needs. Raises UnsupportedError where it is missing."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise UnsupportedError(f"CuPy cannot be imported ({error})", CUPY_WANTED) from error
+    return cupy
 
 
 def remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
@@ -283,9 +295,7 @@ def _read_dlpack(x: Any, name: str) -> Array:
     try:
         if device_type == "cpu":
             return _read_numpy(np.from_dlpack(x), name, "dlpack")
-        import cupy
-
-        return _read_cupy(cupy.from_dlpack(x), name, "dlpack")
+        return _read_cupy(import_cupy().from_dlpack(x), name, "dlpack")
     except (BufferError, RuntimeError, TypeError) as error:
         raise ArgumentTypeError(name, f"{_type_name(type(x))} ({error})", "a dtype that DLPack hands over") from error
 

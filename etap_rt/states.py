@@ -190,7 +190,7 @@ def _check_layouts(
     for name, layout in (("out", out), ("lse", lse)):
         if layout is not None:
             _check_separate(name, layout)
-    rows = math.prod(shape[:-1]) if shape[-1] else 0
+    rows = math.prod(shape[:-1])
     if rows > MAX_ROWS:
         raise ArgumentError("out_a", f"shape {shape}", f"at most {MAX_ROWS} rows of the last dim")
 
@@ -217,8 +217,8 @@ def _check_like(name: str, layout: Layout, a: Layout, dtype: str, shape: tuple[i
 def _check_vectors(name: str, layout: Layout, chunk: int) -> None:
     """Check that rows are contiguous and made of whole chunks, and begin where a chunk does."""
     *sizes, dim = layout.shape
-    if dim % chunk:
-        raise ArgumentError(name, f"last dim {dim}", f"a multiple of {chunk} elements ({VECTOR_BYTES} bytes)")
+    if dim == 0 or dim % chunk:
+        raise ArgumentError(name, f"last dim {dim}", f"a positive multiple of {chunk} elements ({VECTOR_BYTES} bytes)")
     if 0 in layout.shape:
         return
     if layout.strides[-1] != 1:
@@ -250,8 +250,7 @@ def _check_addresses(arrays: _Arrays) -> None:
         if array.pointer % alignment:
             raise ArgumentError(name, f"address {array.pointer:#x}", f"a multiple of {alignment} bytes")
     for name, array in (("out", arrays.out), ("lse", arrays.lse)):
-        on_host = array.layout.device_type == "cpu" and array.layout.library != "torch"
-        if on_host and not array.owner.flags.writeable:
+        if not interop.writeable(array):
             raise ArgumentError(name, "a read-only array", "one that can be written")
 
 

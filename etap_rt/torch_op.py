@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from etap_rt import decode
+from etap_rt.arguments import check_scale
 from etap_rt.errors import ArgumentError, ArgumentTypeError
 from etap_rt.kernels import DIMS
 from etap_rt.scalars import check_flag
@@ -46,10 +47,18 @@ def mla_decode(
 
     Raises what `etap_rt.mla_decode` raises.
     """
+    check_flag(causal, "causal")
     check_flag(return_lse, "return_lse")
+    if not torch.compiler.is_compiling():  # where the scale may be a symbol; the operator would take more than numbers
+        check_scale(softmax_scale)
+        softmax_scale = float(softmax_scale)
     q, q_rope = _pair("q", q)
     kv_cache, kv_rope = _pair("kv_cache", kv_cache)
     block_table, page_indptr = _pair("block_table", block_table)
+    _check_tensor("cache_seqlens", cache_seqlens)
+    for name, given in (("cu_seqlens_q", cu_seqlens_q), ("out", out), ("lse", lse)):
+        if given is not None:
+            _check_tensor(name, given)
     options = {
         "softmax_scale": softmax_scale,
         "causal": causal,
@@ -70,10 +79,18 @@ def mla_decode(
 
 def _pair(name: str, x: Any) -> tuple[Any, Any]:
     if not isinstance(x, (tuple, list)):
+        _check_tensor(name, x)
         return x, None
     if len(x) != 2:
         raise ArgumentTypeError(name, f"{type(x).__name__} of {len(x)}", "one tensor or a pair of them")
+    for index, part in enumerate(x):
+        _check_tensor(f"{name}[{index}]", part)
     return x[0], x[1]
+
+
+def _check_tensor(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise ArgumentTypeError(name, type(x).__name__, "a torch tensor")
 
 
 def _join(x: Tensor, second: Tensor | None) -> Any:

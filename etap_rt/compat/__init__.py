@@ -5,14 +5,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from etap_rt.errors import ArgumentError, ArgumentTypeError
 
 
 def renamed(error: ArgumentError | ArgumentTypeError, names: Mapping[str, str]) -> ArgumentError | ArgumentTypeError:
-    """The same mistake under the name that the argument has in the other library."""
-    for name, other in names.items():
-        if error.argument.startswith(name):
-            return type(error)(other + error.argument[len(name) :], error.given, error.accepted)
-    return error
+    """The same mistake under the names that the arguments have in the other library."""
+
+    def rename(text: str) -> str:
+        for name, other in names.items():
+            text = re.sub(rf"(?<!\w){re.escape(name)}", other, text)
+        return text
+
+    return type(error)(rename(error.argument), rename(error.given), rename(error.accepted))

@@ -168,10 +168,12 @@ def flash_mla_with_kvcache(
             descale_k=descale_k,
         )
     q_shape, cache_shape = _shape(q, "q"), _shape(k_cache, "k_cache")
+    if q_shape[3] not in _LATENT_DIMS:
+        raise ArgumentError("q", f"last dim {q_shape[3]}", " or ".join(map(str, _LATENT_DIMS)))
     if softmax_scale is None:
         softmax_scale = q_shape[3] ** -0.5
     head_dim_v = integer(head_dim_v, "head_dim_v")
-    if head_dim_v != _LATENT_DIMS.get(q_shape[3], head_dim_v):
+    if head_dim_v != _LATENT_DIMS[q_shape[3]]:
         accepted = f"{_LATENT_DIMS[q_shape[3]]}, with q's last dim {q_shape[3]}"
         raise ArgumentError("head_dim_v", repr(head_dim_v), accepted)
     if type(tile_scheduler_metadata) is not FlashMLASchedMeta:

@@ -202,6 +202,9 @@ class BatchMLAPagedAttentionWrapper:
             by_heads = lse.T
         if plan.no_rope is not None:
             _check_tensor(ckv_cache, "ckv_cache", "(num_pages, page_size, head_dim_ckv)", 3)
+            page_size, planned = ckv_cache.shape[1], plan.shape[-1]
+            if page_size != planned:  # the rope parts are made for it
+                raise ArgumentError("ckv_cache", f"page size {page_size}", f"{planned}, as planned")
             _check_nothing(q_pe, "q_pe")
             _check_nothing(kpe_cache, "kpe_cache")
             q_pe, kpe_cache = plan.no_rope.like(q_nope, ckv_cache)

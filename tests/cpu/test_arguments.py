@@ -341,6 +341,12 @@ def test_a_single_page_may_have_any_page_stride() -> None:
     assert check(**call).problem.cache_strides == (36864, 576)
 
 
+def test_pages_of_one_token_may_have_any_token_stride() -> None:
+    call = good_arguments()
+    call["kv_cache"] = np.lib.stride_tricks.as_strided(zeros(4, 576), (4, 1, 576), (1152, 2, 2))
+    assert check(**call).problem.cache_strides == (576, 576)
+
+
 def test_equal_layouts_are_one_problem_and_a_call_has_its_own_addresses() -> None:
     first, second = good_arguments(), good_arguments()
     a, b = check(**first), check(**second)

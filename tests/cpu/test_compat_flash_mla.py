@@ -209,6 +209,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("q", torch.zeros(4, 16, 576, dtype=torch.bfloat16), "q: got shape (4, 16, 576)"),
     ("q", None, "q: got NoneType"),
     ("q", torch.zeros(4, 1, 16, 512, dtype=torch.bfloat16), "q: got last dim 512"),
+    ("q", torch.zeros(4, 1, 16, 0, dtype=torch.bfloat16), "q: got last dim 0, accepted is 576 or 320"),
     ("k_cache", torch.zeros(4, 64, 576, dtype=torch.bfloat16), "k_cache: got shape (4, 64, 576)"),
     ("k_cache", torch.zeros(4, 64, 1, 576), "k_cache: got dtype float32"),
     ("k_cache", torch.zeros(4, 96, 1, 576, dtype=torch.bfloat16), "k_cache: got shape (4, 96, 1, 576)"),

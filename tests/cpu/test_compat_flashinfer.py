@@ -426,6 +426,13 @@ def test_rope_parts_that_were_not_planned_are_refused(name: str, value: Any, giv
     assert str(caught.value).startswith(f"{name}: got {given}, accepted is a ")
 
 
+def test_without_rope_parts_pages_of_another_size_are_refused_by_name() -> None:
+    problem = Problem(kpe=0)
+    pages = torch.zeros(34, 32, 512, dtype=problem.dtype)
+    with pytest.raises(ArgumentError, match="^ckv_cache: got page size 32, accepted is 16, as planned"):
+        planned(problem).run(problem.q_nope, None, pages, None)
+
+
 @pytest.mark.parametrize("kpe", [64, 0])
 @pytest.mark.parametrize(
     ("name", "value", "message"),
@@ -493,6 +500,7 @@ def test_mistakes_in_run_are_named(name: str, value: Any, given: str) -> None:
         with pytest.raises(ArgumentError) as caught:
             wrapper.run(**call)
         assert str(caught.value).startswith(f"{name}: got {given}")
+        assert "[" not in caught.value.accepted  # where mla_decode's names have numbers
 
 
 def test_bad_lengths_are_named_as_flashinfer_names_them() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from etap_rt import interop
-from etap_rt.errors import ArgumentError, ArgumentTypeError
+from etap_rt.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from etap_rt.interop import Layout, as_numpy, current_stream, describe, empty, to_host
 
 DTYPES = ("bfloat16", "float16", "float32", "float64", "int32", "int64")
@@ -30,6 +30,17 @@ class Producer:
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self.device
+
+
+def test_work_on_a_gpu_asks_for_cupy_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)  # as if it were not installed
+    layout = Layout("cupy", "float32", "cuda", 0, (2,), (1,))
+    in_memory_of_the_gpu = Producer(np.zeros(2), (2, 0))
+    for work in (lambda: current_stream(layout), lambda: empty(layout, None, (2,), "float32")):
+        with pytest.raises(UnsupportedError, match=r"^CuPy cannot be imported .*needed: .*'etap-rt\[cuda13\]'"):
+            work()
+    with pytest.raises(UnsupportedError, match="^CuPy cannot be imported"):
+        describe(in_memory_of_the_gpu, "q")
 
 
 def torch_module() -> Any:

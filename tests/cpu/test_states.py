@@ -97,7 +97,7 @@ def test_decoding_in_parts_and_merging_is_decoding(causal: bool) -> None:
     np.testing.assert_allclose(lse, whole_lse, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(0, 1, 4, 16), (2, 0, 4, 16), (0, 4, 16), (2, 1, 4, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 1, 4, 16), (2, 0, 4, 16), (0, 4, 16)], ids=str)
 def test_nothing_merged_is_nothing(shape: tuple[int, ...]) -> None:
     case = StateCase("", shape)
     out, lse = merge_states(*make_state(case, 1).on(as_is), *make_state(case, 2).on(as_is))
@@ -131,6 +131,7 @@ MISTAKES = [
     ("out_a", lambda: zeros(2, 3, 4, 16, dtype=torch.float64), ArgumentError, "float64"),
     ("out_a", lambda: zeros(2, 3, 4, 16).to("meta"), ArgumentError, "meta"),
     ("out_a", lambda: zeros(2, 3, 4, 12), ArgumentError, "last dim 12"),
+    ("out_a", lambda: zeros(2, 3, 4, 0), ArgumentError, "last dim 0, accepted is a positive multiple of 8 elements"),
     ("out_a", lambda: zeros(2, 3, 16, 4).transpose(2, 3), ArgumentError, "last dim|stride"),
     ("out_a", lambda: zeros(2, 3, 4, 17)[..., :16], ArgumentError, "strides .* multiples of 8 elements"),
     ("out_a", lambda: zeros(385)[1:].view(2, 3, 4, 16), ArgumentError, "address .* a multiple of 16 bytes"),

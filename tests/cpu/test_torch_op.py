@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fractions
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch: Any = pytest.importorskip("torch")
@@ -109,6 +111,39 @@ def test_errors_of_mla_decode_come_through() -> None:
         torch_op.mla_decode(**{**call, "kv_cache": (call["kv_cache"],) * 3})
     with pytest.raises(ArgumentTypeError, match="^return_lse: got 1, accepted is True or False"):
         torch_op.mla_decode(**call, return_lse=1)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["made", "given"])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("causal", None, "causal: got None, accepted is True or False"),
+        ("causal", 1, "causal: got 1, accepted is True or False"),
+        ("softmax_scale", True, "softmax_scale: got True, accepted is a number of the host"),
+        ("softmax_scale", torch.tensor(0.1), "softmax_scale: got tensor(0.1000), accepted is a number of the host"),
+        ("softmax_scale", "x", "softmax_scale: got 'x', accepted is a number of the host"),
+        ("q", np.zeros((1, 1, 16, 576), np.float16), "q: got ndarray, accepted is a torch tensor"),
+        ("kv_cache", (torch.zeros(1), None), "kv_cache[1]: got NoneType, accepted is a torch tensor"),
+        ("cache_seqlens", [1], "cache_seqlens: got list, accepted is a torch tensor"),
+        ("lse", [1.0], "lse: got list, accepted is a torch tensor"),
+    ],
+)
+def test_the_function_refuses_what_the_operators_would_convert(
+    name: str, value: Any, message: str, given: bool
+) -> None:
+    call = make_inputs(OP_CASES[0]).on(to_torch)
+    if given:
+        call["out"] = torch_op.mla_decode(**call)
+    with pytest.raises((ArgumentError, ArgumentTypeError)) as caught:
+        torch_op.mla_decode(**{**call, name: value})
+    assert str(caught.value) == message
+
+
+def test_the_scale_may_be_any_number_of_the_host() -> None:
+    call = make_inputs(OP_CASES[0]).on(to_torch)
+    expected = torch_op.mla_decode(**call | {"softmax_scale": 0.125})
+    for scale in (np.float32(0.125), fractions.Fraction(1, 8)):
+        assert torch.equal(torch_op.mla_decode(**call | {"softmax_scale": scale}), expected)
 
 
 def test_backward_says_that_there_are_no_gradients() -> None:
