@@ -744,7 +744,7 @@ __device__ __forceinline__ void gather_tile(const Params& p, Shared& s, const Pl
         const bool rope = j < ROPE_CHUNKS;
         const u16* source = (rope ? p.k_rope + j * CHUNK_DIMS : p.k_latent + (j - ROPE_CHUNKS) * CHUNK_DIMS) + piece * 8;
         const i64 page_stride = rope ? p.k_rope_strides[0] : p.k_strides[0];
-        const i64 token_stride = rope ? p.k_rope_strides[1] : p.k_strides[1];
+        const int token_stride = int(rope ? p.k_rope_strides[1] : p.k_strides[1]);  // see arguments.py for its limit
         const u32 target = shared_address(s.ring[place.slot]) + l / 8 * 128;
         mbarrier_wait(shared_address(&s.chunk_empty[place.slot]), place.parity ^ 1);
 #pragma unroll UNROLL

@@ -29,7 +29,7 @@ from etap_rt.interop import (
 from etap_rt.kernels import DIMS, ELEMENT_TYPES, ElementType
 from etap_rt.overlap import overlap, reach, span
 from etap_rt.scalars import check_flag
-from etap_rt.schedule import ROW_TILES, TILE_KEYS
+from etap_rt.schedule import GATHERED_PAGE, ROW_TILES, TILE_KEYS
 
 MAX_HEADS = 128
 MAX_SCALE = 2e38  # times log2(e) still a float32
@@ -37,6 +37,7 @@ ELEMENT_BYTES = 2
 CACHE_ALIGNMENT = 16  # bytes; what the copy engine asks of addresses and strides
 OUT_ALIGNMENT = 16  # bytes; of the kernel's stores
 MAX_STRIDE_BYTES = 1 << 40  # the copy engine's limit
+MAX_SPAN = (1 << 31) - 1  # elements from the first token of a page to its last, where threads compute the addresses
 
 _PAIRS = {latent + rope: (latent, rope) for latent, rope in DIMS}
 
@@ -626,6 +627,12 @@ def _check_cache(cache: list[Layout], latent_dim: int, rope_dim: int, like: Layo
     if page_size < 1 or (page_size % TILE_KEYS and TILE_KEYS % page_size):
         accepted = f"a page size (dim 1) that divides {TILE_KEYS} or is a multiple of it"
         raise ArgumentError(names[0], f"shape {cache[0].shape}", accepted)
+    if 1 < page_size <= GATHERED_PAGE:
+        most = MAX_SPAN // (page_size - 1)
+        for layout, name in zip(cache, names):
+            if layout.strides[1] > most:
+                accepted = f"tokens of a page at most {most} elements apart, with pages of {page_size}"
+                raise ArgumentError(name, f"strides {layout.strides}", accepted)
     return num_pages, page_size
 
 

@@ -14,15 +14,13 @@ from etap_rt.interop import Array, Layout
 from etap_rt.kernels import decode_spec
 from etap_rt.overlap import reach, span
 from etap_rt.scalars import check_flag
-from etap_rt.schedule import TILE_KEYS, Grid, even_lanes, even_slack, even_up_to, plan_grid
+from etap_rt.schedule import GATHERED_PAGE, TILE_KEYS, Grid, even_lanes, even_slack, even_up_to, plan_grid
 from etap_rt.workspace import workspace_for
 
 THREADS = 384  # of a CTA: two warpgroups that compute, one that loads and coordinates
 CHUNK_DIMS = 64  # dims that one bulk copy brings, for the keys of a tile
 SHARED_BYTES = 232448  # all that a CTA can have: what the kernel does not need otherwise is ring
 VECTOR_BYTES = 16
-# Tokens of a page up to which threads fetch the rows of a tile: the copy engine takes one order a page and chunk.
-GATHERED_PAGE = 4
 LOG2_E = math.log2(math.e)
 # Clock cycles (some 250 us) that a CTA waits for others before it leaves its part of a merge to them.
 PATIENCE = 500_000

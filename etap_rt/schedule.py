@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 TILE_KEYS = 64
+# Tokens of a page up to which threads fetch the rows of a tile: the copy engine takes one order a page and chunk.
+GATHERED_PAGE = 4
 ROW_TILES = (8, 16, 24, 32, 64)
 OWN_TILES_ROWS = 32  # up to so many a warpgroup has registers for all dims of the accumulator
 SCARCE_SMS = 80  # up to so many products are scarcer than memory: see mla_decode.cu

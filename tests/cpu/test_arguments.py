@@ -347,6 +347,17 @@ def test_pages_of_one_token_may_have_any_token_stride() -> None:
     assert check(**call).problem.cache_strides == (576, 576)
 
 
+def test_tokens_of_tiny_pages_may_not_lie_too_far_apart() -> None:
+    call = good_arguments()
+    for page_size, stride, most in ((4, 715_827_888, 715_827_882), (2, 1 << 31, (1 << 31) - 1)):
+        page = zeros(1, 576)
+        far = np.lib.stride_tricks.as_strided(page, (1, page_size, 576), (1152, 2 * stride, 2))
+        with pytest.raises(ArgumentError, match=rf"^kv_cache: got strides .*{stride}.*at most {most} elements apart"):
+            check(**call | {"kv_cache": far})
+    near = np.lib.stride_tricks.as_strided(page, (1, 4, 576), (1152, 2 * 715_827_880, 2))
+    assert check(**call | {"kv_cache": near}).problem.page_size == 4
+
+
 def test_equal_layouts_are_one_problem_and_a_call_has_its_own_addresses() -> None:
     first, second = good_arguments(), good_arguments()
     a, b = check(**first), check(**second)
