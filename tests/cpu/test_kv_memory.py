@@ -204,6 +204,8 @@ def test_reserve_fills_a_dlpack_array_on_the_gpu_and_returns_it(gpu: Gpu, dtype:
 def test_reserve_fills_a_dlpack_array_on_the_cpu_and_returns_it() -> None:
     cache = small_cache(device="cpu")
     out = DlpackArray(np.zeros(4, np.int32), device_type=1)
+    if not np.from_dlpack(out).flags.writeable:
+        pytest.skip("what comes through DLPack is read-only with this NumPy")
     assert cache.reserve([cache.new_sequence()], [3], out=out) is out
     assert out.array.tolist() == [0, 1, 2, -1]
 
