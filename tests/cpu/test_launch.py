@@ -371,33 +371,17 @@ def test_a_stream_that_begins_to_be_captured_gets_a_workspace_of_the_graph(
 
 
 @pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("streams", [((1, 1), (2, 2)), ((2, -1), (2, -2))], ids=["of two handles", "of one handle"])
 def test_streams_that_take_turns_keep_their_own_workspaces(
-    notes: DecodeNotes, monkeypatch: pytest.MonkeyPatch, planned: bool
+    notes: DecodeNotes, monkeypatch: pytest.MonkeyPatch, streams: tuple[tuple[int, int], ...], planned: bool
 ) -> None:
     addresses = itertools.count(1 << 30, 1 << 20)
     monkeypatch.setattr(driver, "allocate_zeroed", lambda device, size: next(addresses))
     call = on_gpu(arguments())
     plan = etap_rt.plan_decode(**call)
-    for stream in (1, 2, 2, 1):
-        monkeypatch.setattr(interop, "current_stream", lambda layout, stream=stream: stream)
-        if planned:
-            plan.run(call["q"])
-        else:
-            etap_rt.mla_decode(**call)
-    first, second, third, fourth = ((params.partial_stats, params.counters) for params in notes.params)
-    assert first == fourth and second == third and len({*first, *second}) == 4
-    assert [stream for *_, stream in notes.launches] == [1, 2, 2, 1]
-
-
-@pytest.mark.parametrize("planned", [False, True])
-def test_streams_of_one_handle_keep_their_own_workspaces(
-    notes: DecodeNotes, monkeypatch: pytest.MonkeyPatch, planned: bool
-) -> None:
-    addresses = itertools.count(1 << 30, 1 << 20)
-    monkeypatch.setattr(driver, "allocate_zeroed", lambda device, size: next(addresses))
-    call = on_gpu(arguments())
-    plan = etap_rt.plan_decode(**call)
-    for identity in (-1, -2, -2, -1):
+    turns = [streams[i] for i in (0, 1, 1, 0)]
+    for handle, identity in turns:
+        monkeypatch.setattr(interop, "current_stream", lambda layout, handle=handle: handle)
         monkeypatch.setattr(driver, "stream_state", lambda device, stream, identity=identity: (identity, 0, SMS))
         if planned:
             plan.run(call["q"])
@@ -405,7 +389,7 @@ def test_streams_of_one_handle_keep_their_own_workspaces(
             etap_rt.mla_decode(**call)
     first, second, third, fourth = ((params.partial_stats, params.counters) for params in notes.params)
     assert first == fourth and second == third and len({*first, *second}) == 4
-    assert [stream for *_, stream in notes.launches] == [STREAM] * 4
+    assert [stream for *_, stream in notes.launches] == [handle for handle, _ in turns]
 
 
 @pytest.mark.parametrize("planned", [False, True])
