@@ -6,6 +6,7 @@ import ctypes
 import math
 import struct
 import threading
+from collections.abc import Hashable
 from typing import Any
 
 from etap_rt import arguments, compiler, driver, interop, reference
@@ -398,7 +399,7 @@ class Launch:
         self.places_in_place: tuple[int, ...] | None = None
         self.queries_in_place: tuple[int, int] | None = None
         self.options_in_place: tuple[float, bool, LseForm, int] | None = None
-        self.workspace_of: int | None = None  # the identity of the stream whose workspace it is
+        self.workspace_of: Hashable = None  # the identity of the stream whose workspace it is
         strides = [*problem.q_strides, *problem.q_rope_strides]
         self.q_vector_strides = all(stride * ELEMENT_BYTES % VECTOR_BYTES == 0 for stride in strides)
         self.lock = threading.Lock()  # over params, from the first field set to the launch that copies them
@@ -411,7 +412,7 @@ class Launch:
         softmax_scale: float,
         causal: bool,
         stream: int,
-        identity: int,
+        identity: Hashable,
         capture: int,
     ) -> None:
         """Launch a call on `stream`, of which `driver.stream_state` says this; `out` and `lse` are addresses."""
@@ -456,7 +457,7 @@ class Launch:
             self._note_queries(latent, rope)
             self.places_in_place = None
 
-    def start(self, stream: int, identity: int, capture: int, owner: Any) -> None:
+    def start(self, stream: int, identity: Hashable, capture: int, owner: Any) -> None:
         """Launch on `stream`, of which `driver.stream_state` says this, with the lock held.
 
         `owner` is an array of the caller's library on the device.

@@ -15,7 +15,7 @@ import functools
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p, pointer
 from typing import Literal
@@ -153,12 +153,16 @@ class _OwnStream:
         except IndexError:
             self.identity = next(_new_identities)
         self.devices: set[int] = set()
+        self.in_green_contexts = False
+        self._process = os.getpid()
 
     def __del__(self) -> None:
         """In the thread, when it ends: the next to have the identity must find nothing of this one's work running."""
+        if self.in_green_contexts or self._process != os.getpid():  # others to wait for, or a fork without the thread
+            return
         try:
             for device in self.devices:
-                with _primary_context(device):
+                with _primary_context(device), _relaxed_capture():
                     _check(_libcuda().cuStreamSynchronize(c_void_p(_PER_THREAD_STREAM)), "cuStreamSynchronize")
             _identities_left.append(self.identity)
         except Exception:  # the stream is being captured, or the process is at its end: nobody gets it then
@@ -260,19 +264,20 @@ def load_kernel(cubin: bytes, entry: str, device: int) -> Kernel:
     return Kernel(entry, function.value, device)
 
 
-def stream_state(device: int, stream: int) -> tuple[int, int, int]:
+def stream_state(device: int, stream: int) -> tuple[Hashable, int, int]:
     """What there is to know of a stream of `device` before a launch on it: (identity, capture, multiprocessors).
 
-    The identity is its handle, or what tells it apart where other streams have the same: 0, the default stream's,
-    stands for the context that is current, and 2 for the calling thread's own default stream. `capture` is the id of
-    the capture that it is part of, 0 for none. The multiprocessors that its work may use are those of its green
-    context, without one all of the device. All is asked anew each time, as captures begin and end, and a handle may
-    come back with another stream.
+    The identity is its handle, or what tells it apart where other streams have the same: 0 and 1 stand for the default
+    stream of the context that is current, and 2 for the calling thread's own there. `capture` is the id of the capture
+    that it is part of, 0 for none. The multiprocessors that its work may use are those of its green context, without
+    one all of the device. All is asked anew each time, as captures begin and end, and a handle may come back with
+    another stream.
     """
     if _started_before_fork:
         refuse_fork()
     questions = _questions.about[stream]
-    identity, capture = questions.identity, 0
+    identity: Hashable = questions.identity
+    capture = 0
     if stream != _LEGACY_STREAM:  # which CUDA does not let anybody capture
         if stream == _PER_THREAD_STREAM:
             _questions.own_stream.devices.add(device)
@@ -287,8 +292,9 @@ def stream_state(device: int, stream: int) -> tuple[int, int, int]:
         if status:
             _try_again(status, device, ask, "cuStreamGetGreenCtx", f"stream {stream:#x}")
         if questions.green_context:
-            # Each green context has a default stream.
-            identity = identity or questions.green_context.value or 0
+            if stream <= _PER_THREAD_STREAM:  # handles of which each context has a stream
+                identity = identity, questions.green_context.value
+                _questions.own_stream.in_green_contexts |= stream == _PER_THREAD_STREAM
             return identity, capture, _green_context_sms(questions.green_context)
     return identity, capture, sm_count(device)
 

@@ -89,7 +89,7 @@ def _pair(name: str, x: Any) -> tuple[Any, Any]:
 
 
 def _check_tensor(name: str, x: Any) -> None:
-    if not isinstance(x, Tensor):
+    if not isinstance(x, (Tensor, torch.fx.Proxy)):
         raise ArgumentTypeError(name, type(x).__name__, "a torch tensor")
 
 

@@ -9,6 +9,7 @@ are zero between launches: the kernel leaves them as it found them.
 from __future__ import annotations
 
 import threading
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 from etap_rt import driver, interop
@@ -34,11 +35,11 @@ class Workspace(NamedTuple):
 
 
 _lock = threading.Lock()
-_counters: dict[tuple[int, int, int], int] = {}
-_workspaces: dict[tuple[int, int, int, int], Workspace] = {}
+_counters: dict[tuple[int, Hashable, int], int] = {}
+_workspaces: dict[tuple[int, Hashable, int, int], Workspace] = {}
 
 
-def workspace_for(like: Layout, owner: Any, rows: int, stream: int, capture: int) -> Workspace:
+def workspace_for(like: Layout, owner: Any, rows: int, stream: Hashable, capture: int) -> Workspace:
     """The workspace of a launch with `rows` rows a tile on the stream of this identity, see `driver.stream_state`.
 
     `owner` is an array of the caller's library on the device, `like` its layout. `capture` is the id of the capture

@@ -178,7 +178,7 @@ class FakeCuda:
         c_uint.from_address(resource + 96).value = self.green  # of the 144 bytes of a CUdevResource
 
     def _cuStreamSynchronize(self, stream: int) -> None:
-        self.log.append(("synchronize", stream, list(self.contexts)))
+        self.log.append(("synchronize", stream, self.capture_mode, list(self.contexts)))
 
     def _cuMemAlloc(self, address: Any, size: int) -> None:
         self.log.append(("allocate", size, self.capture_mode, list(self.contexts)))
@@ -386,9 +386,22 @@ def test_a_stream_of_a_green_context_has_its_sms(cuda: FakeCuda) -> None:
     assert cuda.calls("green context") == [(STREAM, [])] * 2 + [(STREAM, [CONTEXT])]
 
 
-def test_each_green_context_has_a_default_stream(cuda: FakeCuda) -> None:
+def test_each_green_context_has_default_streams(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same handles. What a thread of its own launched there is not waited for, so nobody gets its identity."""
+    monkeypatch.setattr(driver, "_identities_left", [])
     cuda.green = 32
-    assert driver.stream_state(0, 0) == (CONTEXT, 0, 32)
+    assert driver.stream_state(0, STREAM) == (STREAM, 0, 32)
+    found = []
+
+    def ask() -> None:
+        found.extend(driver.stream_state(0, stream)[0] for stream in (0, 1, PER_THREAD))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    (zero, own) = found[0], found[2]
+    assert found == [(0, CONTEXT), (1, CONTEXT), (own[0], CONTEXT)] and own[0] < 0 and zero != own
+    assert not driver._identities_left and not cuda.calls("synchronize")
 
 
 def test_each_thread_has_a_default_stream_of_its_own(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,18 +412,21 @@ def test_each_thread_has_a_default_stream_of_its_own(cuda: FakeCuda, monkeypatch
         return driver.stream_state(device, PER_THREAD)[0]
 
     def identities(threads: int) -> list[tuple[int, int]]:
-        """Of threads that run at the same time, each asked on both devices."""
+        """Of threads that run at the same time, each asked on both devices; they end one after the other."""
         found: list[tuple[int, int]] = []
-        all_asked = threading.Barrier(threads)
+        asked, ends = ([threading.Event() for _ in range(threads)] for _ in range(2))
 
-        def ask() -> None:
+        def ask(i: int) -> None:
             found.append((identity(0), identity(3)))
-            all_asked.wait()
+            asked[i].set()
+            ends[i].wait()
 
-        workers = [threading.Thread(target=ask) for _ in range(threads)]
-        for worker in workers:
+        workers = [threading.Thread(target=ask, args=(i,)) for i in range(threads)]
+        for i, worker in enumerate(workers):
             worker.start()
-        for worker in workers:
+            asked[i].wait()
+        for i, worker in enumerate(workers):
+            ends[i].set()
             worker.join()
         return found
 
@@ -418,7 +434,7 @@ def test_each_thread_has_a_default_stream_of_its_own(cuda: FakeCuda, monkeypatch
     first = identities(2)
     assert all(one == other < 0 for one, other in first) and len({mine, *(one for one, _ in first)}) == 3
     assert identity() == mine
-    assert sorted(cuda.calls("synchronize")) == [(PER_THREAD, [CONTEXT])] * 4  # both threads, on both devices
+    assert cuda.calls("synchronize") == [(PER_THREAD, RELAXED, [CONTEXT])] * 4  # both threads, on both devices
     assert identities(1)[0] in first
     cuda.fail["cuStreamSynchronize"] = [1]  # it is being captured
     taken = identities(1)[0]

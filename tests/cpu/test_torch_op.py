@@ -139,6 +139,19 @@ def test_the_function_refuses_what_the_operators_would_convert(
     assert str(caught.value) == message
 
 
+def test_the_function_can_be_traced_symbolically() -> None:
+    call = make_inputs(OP_CASES[0]).on(to_torch)
+    names = [name for name, x in call.items() if isinstance(x, torch.Tensor)]
+    fixed = {name: x for name, x in call.items() if name not in names}
+
+    class Layer(torch.nn.Module):
+        def forward(self, q: Any, kv_cache: Any, block_table: Any, cache_seqlens: Any) -> Any:
+            return torch_op.mla_decode(q, kv_cache, block_table, cache_seqlens, **fixed)
+
+    traced = torch.fx.symbolic_trace(Layer())
+    assert torch.equal(traced(*(call[name] for name in names)), torch_op.mla_decode(**call))
+
+
 def test_the_scale_may_be_any_number_of_the_host() -> None:
     call = make_inputs(OP_CASES[0]).on(to_torch)
     expected = torch_op.mla_decode(**call | {"softmax_scale": 0.125})
