@@ -48,6 +48,8 @@ EVENTS = {
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d\s+)?(.*?);")
 # What reads or writes global memory. Prefetches do neither.
 GLOBAL_ACCESS = re.compile(r"LDG|STG|ATOMG|REDG|UTMALDG|UTMASTG|UBLKCP")
+# The wait for a phase of a barrier. Without TRYWAIT it is only asked whether that has ended.
+WAIT = re.compile(r"SYNCS\.PHASECHK\S*\.TRYWAIT")
 EVENT = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in EVENTS.items()))
 PARAMETER_BYTES = re.compile(r"EIATTR_KPARAM_INFO\n.*\n.*Size *: (0x[0-9a-f]+)")
 PARAMETERS: dict[str, type[ctypes.Structure]] = {
@@ -233,7 +235,7 @@ def test_the_only_buffer_for_weights_is_written_when_both_warpgroups_are_done_wi
     found = [(i, str(event.lastgroup)) for i, line in enumerate(lines) if (event := EVENT.search(line))]
     written = next(i for i, name in found if name == "weights")
     scores = max(i for i, name in found if name == "scores" and i < written)
-    assert any("SYNCS.PHASECHK" in line and "TRYWAIT" in line for line in lines[scores:written])
+    assert any(WAIT.search(line) for line in lines[scores:written])
     products = max(i for i, name in found if name == "values")
     ends = [i for i, name in found if name == "end" and i > products]
     last = ends[constants(spec)["LATENT_DIM"] // 2 // CHUNK_DIMS - 1]
@@ -258,6 +260,29 @@ def test_what_warpgroups_leave_in_the_ring_is_taken_before_its_chunks_go_back(
     assert len(exchange) == 1
     of_thread = constants(spec)["LATENT_DIM"] // 2 // CHUNK_DIMS * constants(spec)["ROWS"] // 8  # fours of floats
     assert [items.count(" ") for items in exchange[0]] == [of_thread, of_thread]
+
+
+@pytest.mark.parametrize("spec", DECODE_SPECS, ids=str)
+def test_slots_that_are_passed_over_have_been_filled_before_one_is_given_back(
+    spec: KernelSpec, disassemble: Callable[[KernelSpec], str]
+) -> None:
+    """The consumers' code starts with that wait: a parity would not tell whether a slot holds its first chunk."""
+    consumers = disassemble(spec).split("USETMAXREG.TRY_ALLOC")[1]
+    assert WAIT.search(consumers[: consumers.index("SYNCS.ARRIVE")])
+
+
+@pytest.mark.parametrize("spec", [spec for spec in DECODE_SPECS if constants(spec)["OWN_TILES"]], ids=str)
+def test_a_warpgroup_is_never_two_tiles_ahead_of_the_other(
+    spec: KernelSpec, disassemble: Callable[[KernelSpec], str]
+) -> None:
+    """It asks beside the products of the first chunk whether the other one is done, and waits beside those half way."""
+    sass = disassemble(spec)
+    products = [found.end() for found in re.finditer(EVENTS["values"], sass)][-1]
+    blocks = constants(spec)["LATENT_DIM"] // CHUNK_DIMS
+    # What comes between the end of a chunk's products and the chunk's release, for each chunk of the last tile.
+    ended = [step.split("SYNCS.ARRIVE")[0] for step in re.split(EVENTS["end"], sass[products:])[1 : blocks + 1]]
+    assert [n for n, step in enumerate(ended) if WAIT.search(step)] == [blocks // 2]
+    assert [n for n, step in enumerate(ended) if "SYNCS.PHASECHK" in step] == [0, blocks // 2]
 
 
 @pytest.mark.parametrize("spec", DECODE_SPECS, ids=str)
